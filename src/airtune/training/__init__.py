@@ -1,0 +1,1 @@
+"""Real models, real data and local training."""
