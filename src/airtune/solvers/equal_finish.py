@@ -176,8 +176,9 @@ def _root(uploads: Uploads, total: float, low: float) -> tuple[float, int]:
     """Return T > low at which the needs add up to `total`, and the number of iterations."""
     spread = np.maximum(uploads.minimum, np.minimum(uploads.maximum, _shares(uploads, total)))
     high = float(uploads.finish(spread).max())
-    time = high
-    for iteration in range(1, _ITERATIONS + 1):
+    time, iteration = high, 0
+    while iteration < _ITERATIONS:
+        iteration += 1
         need = uploads.needed(time)
         excess = float(np.log(need.sum() / total))
         if excess <= 0.0:
@@ -240,7 +241,8 @@ def _bisect_blocks(uploads: Uploads, low: float, least: Array, most: Array, avai
     if fits(blocks(low)):
         best, high = blocks(low), low
     iteration = 0
-    for iteration in range(1, _ITERATIONS + 1):
+    while iteration < _ITERATIONS:
+        iteration += 1
         middle = 0.5 * (low + high)
         if high - low <= 1e-14 * high or not low < middle < high:
             break

@@ -50,7 +50,7 @@ def name_clients(mask: ArrayLike, limit: int = 8) -> str:
 def finite_array(
     name: str, value: ArrayLike, size: int, *, lowest: float = 0.0, positive: bool = False
 ) -> NDArray[np.float64]:
-    """Return `value` as an array [clients] of `size` finite numbers >= `lowest` (> 0 if `positive`), or raise InputError."""
+    """Return `value` as [size] finite numbers >= `lowest` (> 0 if `positive`), or raise InputError."""
     array = np.broadcast_to(np.asarray(value, dtype=np.float64), (size,))
     bad = ~np.isfinite(array) | (array < lowest) | (positive & (array <= 0.0))
     if bad.any():

@@ -1,1 +1,1 @@
-"""The radio: propagation, fading, motion, links. numpy and scipy only; everything a function of (seed, client, time)."""
+"""The radio: propagation, fading, motion, links, all a function of (seed, client, time). numpy and scipy only."""

@@ -124,7 +124,9 @@ def parse_quantity(value: str | float, unit: str, field_name: str = "quantity") 
     InputError : not a number, not a known unit (the valid ones are listed), or not a number at all (NaN).
     """
     accepted = valid_units(unit)
-    problem = f"{field_name}: cannot read {value!r}; valid: a number in {unit!r} or with a unit of {', '.join(accepted)}"
+    problem = (
+        f"{field_name}: cannot read {value!r}; valid: a number in {unit!r} or with a unit of {', '.join(accepted)}"
+    )
     if isinstance(value, bool):
         raise InputError(problem)
     if isinstance(value, int | float):
