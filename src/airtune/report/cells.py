@@ -54,7 +54,7 @@ def spread_text(found: Spread, unit: Unit) -> str:
 def final_text(metric: str, found: Spread | None) -> str:
     """Return the final metric's cell, in per cent for accuracies."""
     if found is None:
-        return "–"
+        return "-"
     if found.deviation is None:
         return metric_text(metric, found.mean)
     if metric == "accuracy":
@@ -65,7 +65,7 @@ def final_text(metric: str, found: Spread | None) -> str:
 def ratio_text(found: PairedRatio) -> str:
     """Return ``"0.50 [0.45, 0.55]"``, with the number of pairs where seeds are missing."""
     if found.ratio is None:
-        return "–"
+        return "-"
     text = f"{found.ratio:.2f}"
     if found.low is not None and found.high is not None:
         text += f" [{found.low:.2f}, {found.high:.2f}]"

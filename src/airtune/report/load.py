@@ -7,6 +7,7 @@ rounds.jsonl belong to that round; `time_s` is cumulative.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,7 @@ class Run:
     metric, direction : ``"accuracy"`` or ``"loss"``; ``"max"`` or ``"min"``.
     config : the resolved configuration, nested plain data.
     final : the totals that run.json holds.
+    command : the command line that made the run (optional key `command`: a text, or a list of texts).
     rounds : every readable line of rounds.jsonl, in order.
     host_seconds : total host seconds by name, summed over timings.jsonl.
     warnings : what could not be read although the run as a whole can, one sentence each.
@@ -146,6 +148,7 @@ class Run:
     versions: dict[str, object]
     final: dict[str, float]
     export: object
+    command: str | None
     fleet: tuple[FleetClient, ...]
     curves: tuple[Curve, ...]
     rounds: tuple[Round, ...]
@@ -211,6 +214,7 @@ def load_run(path: str | Path) -> Run:
         versions=head.mapping("versions", required=False),
         final=head.numbers_of("final"),
         export=head.values.get("export"),
+        command=_command(head),
         fleet=tuple(_fleet_client(item) for item in head.objects("fleet", required=False)),
         curves=tuple(read_curve(item) for item in head.objects("curves", required=False)),
         rounds=rounds,
@@ -283,6 +287,13 @@ def _folders_with_run(folder: Path, depth: int = 3) -> Iterator[Path]:
             yield child
         elif depth > 1:
             yield from _folders_with_run(child, depth - 1)
+
+
+def _command(head: Fields) -> str | None:
+    value = head.values.get("command")
+    if isinstance(value, list):
+        return shlex.join(str(part) for part in cast("list[object]", value))
+    return value if isinstance(value, str) and value else None
 
 
 def _metric(head: Fields) -> tuple[str, str]:

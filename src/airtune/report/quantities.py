@@ -25,7 +25,7 @@ class Unit:
 def digits(value: float) -> str:
     """Return a number with about three significant digits and thousands separators, never in scientific notation."""
     if not math.isfinite(value):
-        return "–"
+        return "-"
     if value == 0:
         return "0"
     decimals = max(0, 2 - math.floor(math.log10(abs(value))))
@@ -67,7 +67,7 @@ def flops_unit(values: Iterable[float]) -> Unit:
 def metric_text(metric: str, value: float | None) -> str:
     """Return an accuracy as a percentage and a loss with three decimals; None is a dash."""
     if value is None:
-        return "–"
+        return "-"
     return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.3f}"
 
 

@@ -1,0 +1,380 @@
+"""Figures of one run: rounds, participation, energy, the cell, rates, diagnostics; and the data of its round view."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from airtune.report.figures import Figure, Json, axis, colour, marker, rounded
+from airtune.report.load import ClientRecord, Curve, FleetClient, Round, Run
+from airtune.report.quantities import decibel, digits, energy_unit, rate_unit, time_unit
+
+Item = TypeVar("Item")
+ROUNDS_IN_VIEW = 400
+CLIENTS_IN_VIEW = 60
+POINTS_ON_MAP = 3000
+BARS = 40
+_LINES_FROM = 150
+
+
+def run_figures(run: Run) -> dict[str, Figure]:
+    """Return every figure that this run's data allows, by its place on the page."""
+    trained = [line for line in run.rounds if line.number > 0]
+    found: dict[str, Figure | None] = {
+        "duration": duration_figure(trained),
+        "participation": participation_figure(trained),
+        "energy_rounds": energy_round_figure(trained),
+        "energy_devices": energy_device_figure(run),
+        "cell": cell_figure(run.fleet),
+        "rates": rate_figure(achieved_rates(trained)),
+        "diagnostics": diagnostics_figure(trained),
+    }
+    found |= {f"curve_{i}": curve_figure(curve) for i, curve in enumerate(run.curves)}
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def duration_figure(trained: Sequence[Round]) -> Figure | None:
+    """Return each round's seconds, their running mean, and what the planner had predicted where it noted so."""
+    if not trained:
+        return None
+    numbers = [line.number for line in trained]
+    seconds = np.array([line.duration_s for line in trained])
+    unit = time_unit(seconds)
+    running = np.cumsum(seconds) / np.arange(1, len(seconds) + 1)
+    traces: list[Json] = [
+        _series("round", numbers, seconds / unit.factor, unit.name, "var(--series-1)"),
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "mean so far",
+            "x": numbers,
+            "y": rounded(running / unit.factor),
+            "line": {"color": "var(--series-2)", "width": 2},
+            "hovertemplate": f"mean of rounds 1 to %{{x}}: %{{y:.4g}} {unit.name}<extra></extra>",
+        },
+    ]
+    predicted = [line.notes.get("predicted_s") for line in trained]
+    if any(isinstance(value, int | float) for value in predicted):
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "predicted by the planner",
+                "x": numbers,
+                "y": rounded([float(v) / unit.factor if isinstance(v, int | float) else None for v in predicted]),
+                "marker": {"color": "var(--ink)", "size": 5, "symbol": "line-ew-open"},
+                "hovertemplate": f"predicted %{{y:.4g}} {unit.name}<extra></extra>",
+            }
+        )
+    layout: Json = {
+        "xaxis": axis("Round"),
+        "yaxis": axis(f"Length of a round, {unit.name}", rangemode="tozero"),
+        "showlegend": True,
+    }
+    return Figure("How long rounds took", "", traces, layout, 280)
+
+
+def participation_figure(trained: Sequence[Round]) -> Figure | None:
+    """Return how many clients arrived in time and how many were lost, by round."""
+    if not trained:
+        return None
+    numbers = [line.number for line in trained]
+    arrived = np.array([float(len(line.arrived)) for line in trained])
+    lost = np.array([float(len(line.dropped)) for line in trained])
+    traces: list[Json] = []
+    for name, counts, tint in (("arrived", arrived, "var(--series-1)"), ("dropped or late", lost, "var(--lost)")):
+        traces.append(
+            {
+                "type": "bar",
+                "name": name,
+                "x": numbers,
+                "y": rounded(counts),
+                "marker": {"color": tint},
+                "hovertemplate": f"round %{{x}}: %{{y}} {name}<extra></extra>",
+            }
+        )
+    layout: Json = {"xaxis": axis("Round"), "yaxis": axis("Clients"), "barmode": "stack", "showlegend": True}
+    return Figure("Who arrived", "", traces, layout, 280)
+
+
+def energy_round_figure(trained: Sequence[Round]) -> Figure | None:
+    """Return the devices' joules by round, work that was dropped included."""
+    if not trained:
+        return None
+    joules = np.array([line.energy_j for line in trained])
+    unit = energy_unit(joules)
+    trace = _series("energy", [line.number for line in trained], joules / unit.factor, unit.name, "var(--series-3)")
+    layout: Json = {"xaxis": axis("Round"), "yaxis": axis(f"Energy of a round, {unit.name}", rangemode="tozero")}
+    return Figure("Energy by round", "All devices together, work that was dropped included.", [trace], layout, 280)
+
+
+def energy_device_figure(run: Run) -> Figure | None:
+    """Return each client's joules over the whole run, the thirstiest first, coloured by device."""
+    totals: dict[int, float] = {}
+    for line in run.rounds:
+        for row in line.clients:
+            if row.energy_j is not None:
+                totals[row.client] = totals.get(row.client, 0.0) + row.energy_j
+    if not totals:
+        return None
+    ranked = sorted(totals, key=lambda client: (-totals[client], client))[:BARS]
+    unit = energy_unit(totals.values())
+    devices = {item.client: item.device for item in run.fleet}
+    kinds = sorted({devices.get(client, "device") for client in totals})
+    traces: list[Json] = []
+    for index, kind in enumerate(kinds):
+        mine = [client for client in ranked if devices.get(client, "device") == kind]
+        traces.append(
+            {
+                "type": "bar",
+                "name": kind,
+                "x": [f"{client}" for client in mine],
+                "y": rounded([totals[client] / unit.factor for client in mine]),
+                "marker": {"color": colour(index)},
+                "hovertemplate": f"client %{{x}}, {kind}: %{{y:.4g}} {unit.name}<extra></extra>",
+            }
+        )
+    order = [f"{client}" for client in ranked]
+    layout: Json = {
+        "xaxis": axis("Client", type="category", categoryorder="array", categoryarray=order, showgrid=False),
+        "yaxis": axis(f"Energy, {unit.name}", rangemode="tozero"),
+        "showlegend": len(kinds) > 1 or bool(devices),
+        "barmode": "stack",
+    }
+    more = f" The {BARS} largest of {len(totals)} clients are shown." if len(totals) > BARS else ""
+    return Figure("Energy by device", f"Joules over the whole run, largest first.{more}", traces, layout, 280)
+
+
+def cell_figure(fleet: Sequence[FleetClient]) -> Figure | None:
+    """Return the map of the cell: the base station at the origin, each client coloured by its channel gain."""
+    placed = [item for item in fleet if item.x_m is not None and item.y_m is not None]
+    if not placed:
+        return None
+    shown = spaced(placed, POINTS_ON_MAP)
+    kinds = sorted({item.device for item in placed})
+    gains = [decibel(item.gain) for item in placed if item.gain is not None and item.gain > 0]
+    traces: list[Json] = []
+    for index, kind in enumerate(kinds):
+        traces.append(_map_trace(kind, [item for item in shown if item.device == kind], index, gains))
+    traces.append(
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "base station",
+            "x": [0],
+            "y": [0],
+            "marker": {"symbol": "star-triangle-up", "size": 15, "color": "var(--ink)"},
+            "hovertemplate": "base station<extra></extra>",
+        }
+    )
+    layout: Json = {
+        "xaxis": axis("East, m", zeroline=False),
+        "yaxis": axis("North, m", scaleanchor="x", zeroline=False),
+        "showlegend": True,
+        "legend": {"orientation": "h", "y": -0.16, "yanchor": "top", "x": 0},
+    }
+    if gains:
+        layout["coloraxis"] = {
+            "colorscale": "Cividis",
+            "cmin": float(np.floor(min(gains))),
+            "cmax": float(np.ceil(max(gains))),
+            "colorbar": {"title": {"text": "Gain, dB", "side": "right"}, "thickness": 10, "outlinewidth": 0},
+        }
+    more = f" {len(shown):,} of {len(placed):,} clients are shown." if len(shown) < len(placed) else ""
+    caption = f"Colour: channel power gain without fast fading. Marker: device.{more}"
+    return Figure("The cell", caption, traces, layout, 430)
+
+
+def achieved_rates(trained: Sequence[Round]) -> dict[str, list[float]]:
+    """Return bits over seconds of every transfer, by direction, in bit/s."""
+    rows = [row for line in trained for row in line.clients]
+    return {
+        "uplink": [row.bits_up / row.upload_s for row in rows if row.bits_up and row.upload_s > 0],
+        "downlink": [row.bits_down / row.download_s for row in rows if row.bits_down and row.download_s > 0],
+    }
+
+
+def rate_figure(rates: dict[str, list[float]]) -> Figure | None:
+    """Return the distribution functions of rates in bit/s by direction, on a logarithmic axis."""
+    found = {name: np.sort(values) for name, values in rates.items() if values}
+    if not found:
+        return None
+    unit = rate_unit([float(np.median(values)) for values in found.values()])
+    traces: list[Json] = []
+    for index, (name, values) in enumerate(found.items()):
+        levels = np.linspace(0, 1, min(len(values), 300)) if len(values) > 1 else np.array([0.0, 1.0])
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": f"{name} (median {digits(float(np.median(values)) / unit.factor)} {unit.name})",
+                "x": rounded(np.quantile(values, levels) / unit.factor),
+                "y": rounded(100 * levels),
+                "line": {"color": colour(index), "width": 2, "shape": "hv", "dash": ("solid", "dash")[index % 2]},
+                "hovertemplate": f"%{{y:.0f}} % of transfers below %{{x:.3g}} {unit.name}<extra></extra>",
+            }
+        )
+    layout: Json = {
+        "xaxis": axis(f"Rate, {unit.name}", type="log", dtick=1, minor={"dtick": "D1", "showgrid": False}),
+        "yaxis": axis("Transfers below, %", range=[0, 100]),
+        "showlegend": True,
+    }
+    return Figure("Rates of the links", "Bits over seconds of each transfer.", traces, layout, 430)
+
+
+def diagnostics_figure(trained: Sequence[Round]) -> Figure | None:
+    """Return each number of `diagnostics` over rounds, one panel a name (aggregation covariance, for example)."""
+    names = sorted({name for line in trained for name in line.diagnostics})
+    if not names:
+        return None
+    traces: list[Json] = []
+    layout: Json = {"showlegend": False, "grid": {"rows": len(names), "columns": 1, "pattern": "independent"}}
+    for index, name in enumerate(names):
+        tag = "" if index == 0 else str(index + 1)
+        pairs = [(line.number, line.diagnostics[name]) for line in trained if name in line.diagnostics]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers" if len(pairs) < 60 else "lines",
+                "name": name,
+                "x": [number for number, _ in pairs],
+                "y": rounded([value for _, value in pairs]),
+                "xaxis": f"x{tag}",
+                "yaxis": f"y{tag}",
+                "line": {"color": colour(index), "width": 2},
+                "marker": {"size": 5},
+                "hovertemplate": f"{name}, round %{{x}}: %{{y:.4g}}<extra></extra>",
+            }
+        )
+        layout[f"xaxis{tag}"] = axis("Round" if index == len(names) - 1 else "")
+        layout[f"yaxis{tag}"] = axis(name.replace("_", " "), rangemode="tozero")
+    caption = "Measured at the server each round, for example the covariance that averaging A and B apart neglects."
+    return Figure("Aggregation diagnostics", caption, traces, layout, 90 + 190 * len(names))
+
+
+def curve_figure(curve: Curve) -> Figure:
+    """Return a curve that a planner decided by, with its choice marked."""
+    traces: list[Json] = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": curve.y_label,
+            "x": rounded(curve.x),
+            "y": rounded(curve.y),
+            "line": {"color": colour(0), "width": 2},
+        }
+    ]
+    if curve.chosen is not None and curve.x:
+        nearest = int(np.argmin(np.abs(np.array(curve.x) - curve.chosen)))
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": f"chosen: {digits(curve.chosen)}",
+                "x": rounded([curve.chosen]),
+                "y": rounded([curve.y[nearest]]),
+                "marker": {"color": colour(3), "size": 13, "symbol": "circle-open", "line": {"width": 3}},
+            }
+        )
+    layout: Json = {"xaxis": axis(curve.x_label), "yaxis": axis(curve.y_label), "showlegend": len(traces) > 1}
+    return Figure(curve.title, "", traces, layout, 300)
+
+
+def round_view(run: Run, share: int = 1) -> Json:
+    """Return the data of the round view: the rounds that can be selected, column by column.
+
+    At most `ROUNDS_IN_VIEW` / `share` evenly spaced rounds (first and last included) and, in each, the
+    `CLIENTS_IN_VIEW` clients that took longest; `of_rounds` and `of_clients` tell how many there are.
+    """
+    trained = [line for line in run.rounds if line.clients]
+    shown = spaced(trained, max(10, ROUNDS_IN_VIEW // share))
+    devices = {item.client: item.device for item in run.fleet}
+    return {"of_rounds": len(trained), "rounds": [_round_json(line, devices) for line in shown]}
+
+
+def client_columns(rows: Sequence[ClientRecord]) -> Json:
+    """Return clients' quantities column by column; a column that no client has is left out."""
+    columns: Json = {"client": [row.client for row in rows]}
+    for name in ("start_s", "download_s", "compute_s", "upload_s", "wait_s"):
+        columns[name] = rounded([float(getattr(row, name)) for row in rows])
+    for name in ("bandwidth_hz", "components", "depth", "energy_j", "bits_up", "bits_down"):
+        values: list[float | None] = [getattr(row, name) for row in rows]
+        if any(value is not None for value in values):
+            columns[name] = rounded(values)
+    return columns
+
+
+def busy(row: ClientRecord) -> float:
+    """Return when a client was done, seconds after the round's start."""
+    return row.start_s + row.download_s + row.compute_s + row.upload_s
+
+
+def _round_json(line: Round, devices: dict[int, str]) -> Json:
+    slowest = sorted(line.clients, key=lambda row: (busy(row), row.client))[-CLIENTS_IN_VIEW:]
+    predicted = line.notes.get("predicted_s")
+    return {
+        "round": line.number,
+        "duration_s": line.duration_s,
+        "time_s": line.time_s,
+        "cohort": len(line.cohort),
+        "arrived": len(line.arrived),
+        "dropped": [{"client": item.client, "reason": item.reason} for item in line.dropped[:CLIENTS_IN_VIEW]],
+        "lost": len(line.dropped),
+        "predicted_s": predicted if isinstance(predicted, int | float) else None,
+        "of_clients": len(line.clients),
+        "device": [devices.get(row.client, "") for row in slowest],
+        **client_columns(slowest),
+    }
+
+
+def _series(name: str, x: Sequence[int], y: Sequence[float] | np.ndarray, unit: str, tint: str) -> Json:
+    """Return bars, or a line where there are too many for bars."""
+    shape: Json = (
+        {"type": "bar", "marker": {"color": tint}}
+        if len(x) < _LINES_FROM
+        else {"type": "scatter", "mode": "lines", "line": {"color": tint, "width": 1.2}}
+    )
+    hover = f"round %{{x}}: %{{y:.4g}} {unit}<extra></extra>"
+    return {**shape, "name": name, "x": list(x), "y": rounded(np.asarray(y, dtype=float)), "hovertemplate": hover}
+
+
+def _map_trace(kind: str, items: Sequence[FleetClient], index: int, gains: Sequence[float]) -> Json:
+    texts = [f"client {item.client}, {item.device}<br>{_facts(item)}" for item in items]
+    tint: object = colour(index)
+    if gains:
+        tint = rounded([decibel(i.gain) if i.gain is not None and i.gain > 0 else None for i in items])
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": kind,
+        "x": rounded([item.x_m for item in items]),
+        "y": rounded([item.y_m for item in items]),
+        "text": texts,
+        "marker": {
+            "symbol": marker(index),
+            "size": 10 if len(items) < 200 else 5,
+            "color": tint,
+            **({"coloraxis": "coloraxis"} if gains else {}),
+            "line": {"width": 0.5, "color": "var(--ink)"},
+        },
+        "hovertemplate": "%{text}<extra></extra>",
+    }
+
+
+def _facts(item: FleetClient) -> str:
+    distance = np.hypot(item.x_m or 0.0, item.y_m or 0.0)
+    facts = [f"{distance:.0f} m"]
+    if item.gain is not None and item.gain > 0:
+        facts.append(f"gain {decibel(item.gain):.1f} dB")
+    if item.examples is not None:
+        facts.append(f"{item.examples:.0f} examples")
+    return ", ".join(facts)
+
+
+def spaced(items: Sequence[Item], most: int) -> list[Item]:
+    """Return at most `most` items, evenly spaced, the first and the last included."""
+    if len(items) <= most:
+        return list(items)
+    return [items[int(i)] for i in np.unique(np.linspace(0, len(items) - 1, most).round())]
