@@ -1,0 +1,274 @@
+"""The base model, loaded once, and the adapters of one client at a time on top of it, through PEFT's layers.
+
+`FederatedModel` holds one frozen base for the whole federation. `activate` puts the adapter of one client onto it:
+everything that can be trained is a fresh tensor each time, so nothing can leak from one client to the next. A module
+may carry several parts, whose outputs add up: what the client trains, what it holds but does not train, and what the
+server has merged into the base so far. Each part is one PEFT adapter with its own rank and scaling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from airtune.lora import Adapter, AdapterShape, AdapterSlice, Indices, LoraFactors
+from airtune.streams import torch_seed
+from airtune.training.hardware import BASE_TYPE, Precision, checked_device, checked_precision
+from airtune.training.layers import head_parameters, inject_layers, install_parts, set_parameter
+from airtune.training.shapes import ModelConfig, adapter_shape
+from airtune.types import ServerModel
+
+NOTHING = AdapterSlice({}, outside="frozen", extras=False)
+
+
+@dataclass(frozen=True)
+class ActiveAdapter:
+    """What one client trains: fresh tensors inside the network, in the coordinates of its `train` slice.
+
+    Attributes
+    ----------
+    slice : the `train` slice.
+    adapter : the trained sub-adapter; its tensors are leaves of the network, those that are trained require gradients.
+    start : the same values before training, apart from the network.
+    """
+
+    slice: AdapterSlice
+    adapter: Adapter
+    start: Adapter
+
+    def trained(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield (owner, kind, tensor) of everything that requires gradients, in a fixed order."""
+        return self.slice.payload(self.adapter)
+
+    def values(self) -> Adapter:
+        """Return the present values, detached and on the CPU."""
+        return _map_tensors(self.adapter, lambda tensor: tensor.detach().cpu().clone())
+
+
+class FederatedModel:
+    """One frozen base with PEFT layers at the target modules.
+
+    Attributes
+    ----------
+    network : the transformers model; only its LoRA parts and its head ever change.
+    config : what is adapted. num_labels : classes, or None (causal language modelling).
+    precision : "fp32"; "bf16": the base in bf16 and autocast, adapters in fp32; "fp64": all double, for checks.
+    device : where the network is. Adapters of the server stay on the CPU.
+    shape : sizes of the adapter at the configured rank.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: ModelConfig,
+        *,
+        num_labels: int | None = None,
+        precision: Precision = "fp32",
+        device: str = "cpu",
+        fresh: frozenset[str] | None = None,
+    ) -> None:
+        """Freeze the network and put PEFT layers at its target modules.
+
+        Parameters
+        ----------
+        network : a transformers model with the head of the task, for example with random weights.
+        fresh : names of the head's tensors that the weights file did not have: `initial_adapter` draws them. None: all.
+
+        Raises
+        ------
+        InputError : precision or device are not available, or `adapter_shape` refuses the model.
+        """
+        self.device = checked_device(device)
+        self.precision: Precision = checked_precision(precision, self.device)
+        self.dtype = torch.float64 if precision == "fp64" else torch.float32
+        self.network: Any = network
+        self.config = config
+        self.num_labels = num_labels
+        self.config_json: dict[str, Any] = self.network.config.to_dict()
+        self.shape = self.shape_with(None)
+        fresh = frozenset(self.shape.extras) if fresh is None else fresh
+        self._pretrained_extras = {
+            name: network.get_parameter(name).detach().to("cpu", self.dtype, copy=True)
+            for name in self.shape.extras
+            if name not in fresh
+        }
+        self.network.requires_grad_(False).eval().to(device=self.device, dtype=BASE_TYPE[precision])
+        self.network.config.use_cache = False
+        self.pad_token_id = _set_pad_token(self.network.config)
+        self._layers = inject_layers(self.network, tuple(self.shape.slots))
+        self._check_sizes()
+        self.show(ServerModel(self.initial_adapter(0)))
+
+    def shape_with(self, ranks: Mapping[str, int] | None) -> AdapterShape:
+        """Return the sizes of the adapter if some slots have another rank."""
+        return adapter_shape(self.config_json, self.config, self.num_labels, ranks)
+
+    def initial_adapter(self, seed: int, ranks: Mapping[str, int] | None = None) -> Adapter:
+        """Return the adapter before round 1: A random, B zero, the head from its file or, if it has none, random.
+
+        A is Kaiming-uniform with a = sqrt 5, that is U(-1/sqrt(in), 1/sqrt(in)), as PEFT draws it; a slot of a higher
+        rank begins with the same rows. The head is normal with the model's initializer_range, its biases zero.
+        """
+        shape = self.shape_with(ranks)
+        factors: dict[str, LoraFactors] = {}
+        for place, (name, slot) in enumerate(shape.slots.items()):
+            rows = torch.empty((slot.rank, slot.in_features), dtype=self.dtype)
+            bound = slot.in_features**-0.5
+            rows.uniform_(-bound, bound, generator=_generator(seed, "adapter", place))
+            columns = torch.zeros((slot.out_features, slot.rank), dtype=self.dtype)
+            factors[name] = LoraFactors(A=rows, B=columns, scaling=slot.scaling)
+        return Adapter(
+            factors=factors,
+            placement={name: (name,) for name in factors},
+            layer={name: slot.layer for name, slot in shape.slots.items()},
+            num_layers=shape.num_layers,
+            extras={name: self._initial_extra(seed, place, name) for place, name in enumerate(shape.extras)},
+        )
+
+    def _initial_extra(self, seed: int, place: int, name: str) -> Tensor:
+        if name in self._pretrained_extras:
+            return self._pretrained_extras[name].clone()
+        values = torch.zeros(self.shape.extras[name], dtype=self.dtype)
+        if name.endswith(".bias"):
+            return values
+        spread = float(self.config_json.get("initializer_range") or 0.02)
+        return values.normal_(0.0, spread, generator=_generator(seed, "head", place))
+
+    # -- one client at a time -----------------------------------------------------------------------------------------
+
+    def activate(
+        self,
+        model: ServerModel,
+        train: AdapterSlice,
+        receive: AdapterSlice | None = None,
+        *,
+        dropout: nn.Module | None = None,
+    ) -> ActiveAdapter:
+        """Put one client's adapter onto the base, every tensor of it fresh, and return what the client trains.
+
+        Parameters
+        ----------
+        model : the server's model that the client starts from.
+        train : what gets gradients. If ``train.outside`` is "frozen", what is received but not trained is present and
+            frozen; if it is "absent", the client computes with the trained components alone.
+        receive : what the client holds; None: everything.
+        dropout : in front of A of what is trained (not of what is frozen, whose output stays a constant).
+
+        Raises
+        ------
+        ValueError : the adapter does not fit the network, or has tensors that plain LoRA layers cannot carry.
+        """
+        self._check_adapter(model)
+        start = _map_tensors(train.take(model.adapter), lambda tensor: tensor.detach().cpu().clone())
+        trained = _map_tensors(start, self._leaf)
+        for owner, kind, tensor in trained.tensors():
+            wanted = train.extras if kind == "extra" else kind in train.tensors
+            tensor.requires_grad_(wanted and (kind == "extra" or train.kept(owner) > 0))
+        frozen = _map_tensors(_held_only(model.adapter, train, receive), self._leaf)
+        merged = {module: _map_factors(factors, self._leaf) for module, factors in model.base_update.items()}
+        for module, layer in self._layers.items():
+            parts = [(trained.factors[slot], dropout) for slot in trained.placement.get(module, ())]
+            parts += [(frozen.factors[slot], None) for slot in frozen.placement.get(module, ())]
+            parts += [(merged[module], None)] if module in merged else []
+            install_parts(layer, parts)
+        for name, value in model.adapter.extras.items():
+            set_parameter(self.network, name, trained.extras[name] if train.extras else self._leaf(value))
+        return ActiveAdapter(train, trained, start)
+
+    def show(self, model: ServerModel) -> None:
+        """Put the server's whole model onto the base, frozen, for evaluation."""
+        self.activate(model, NOTHING)
+        self.network.eval()
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the network's output: [batch, classes], or [batch, tokens, vocabulary].
+
+        Parameters
+        ----------
+        input_ids, attention_mask : [batch, tokens], integers; padding has mask 0, whatever its token.
+        """
+        input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
+        input_ids = input_ids.masked_fill(attention_mask == 0, self.pad_token_id)
+        with self._autocast():
+            output = self.network(input_ids=input_ids, attention_mask=attention_mask)
+        return cast(Tensor, output.logits).to(self.dtype)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def _leaf(self, tensor: Tensor) -> Tensor:
+        return nn.Parameter(tensor.detach().to(self.device, self.dtype, copy=True), requires_grad=False)
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def _check_sizes(self) -> None:
+        """Compare what config.json promised with the layers that are there."""
+        for name, slot in self.shape.slots.items():
+            found = (self._layers[name].in_features, self._layers[name].out_features)
+            if found != (slot.in_features, slot.out_features):
+                raise ValueError(f"{name} has sizes {found}, config.json promised {slot}")
+        head = {name for name, _ in head_parameters(self.network)} if self.config.task != "causal-lm" else set()
+        if missing := head - set(self.shape.extras):
+            raise ValueError(f"the head has tensors that the adapter does not carry: {sorted(missing)}")
+        for name, size in self.shape.extras.items():
+            if tuple(self.network.get_parameter(name).shape) != size:
+                raise ValueError(f"{name} has not the size {size} that config.json promised")
+
+    def _check_adapter(self, model: ServerModel) -> None:
+        adapter = model.adapter
+        if set(adapter.extras) != set(self.shape.extras):
+            raise ValueError(
+                f"the adapter's extras {sorted(adapter.extras)} are not the head {sorted(self.shape.extras)}"
+            )
+        if strangers := (set(adapter.placement) | set(model.base_update)) - set(self._layers):
+            raise ValueError(f"no LoRA layer for the modules {sorted(strangers)}")
+        if unplaced := set(adapter.factors) - {slot for slots in adapter.placement.values() for slot in slots}:
+            raise ValueError(f"the slots {sorted(unplaced)} act in no module")
+        for slot, factors in adapter.factors.items():
+            if factors.core is not None or factors.magnitude is not None:
+                raise ValueError(f"slot {slot!r} has a core or a magnitude, which plain LoRA layers cannot carry")
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+
+def _held_only(adapter: Adapter, train: AdapterSlice, receive: AdapterSlice | None) -> Adapter:
+    """Return what is present but frozen: received and not trained; nothing if the rest is absent."""
+    held = AdapterSlice.everything(adapter.shape) if receive is None else receive
+    kept: dict[str, Indices] = {}
+    if train.outside == "frozen":
+        rest = train.complement(adapter.shape)
+        for slot, indices in rest.components.items():
+            present = set(held.components.get(slot, ()))
+            kept[slot] = indices[[int(index) in present for index in indices]]
+    return AdapterSlice(kept, extras=False).take(adapter)
+
+
+def _map_factors(factors: LoraFactors, change: Callable[[Tensor], Tensor]) -> LoraFactors:
+    return replace(factors, A=change(factors.A), B=change(factors.B))
+
+
+def _map_tensors(adapter: Adapter, change: Callable[[Tensor], Tensor]) -> Adapter:
+    """Apply a function to each tensor once: a shared slot stays shared."""
+    return replace(
+        adapter,
+        factors={name: _map_factors(factors, change) for name, factors in adapter.factors.items()},
+        extras={name: change(tensor) for name, tensor in adapter.extras.items()},
+    )
+
+
+def _generator(seed: int, purpose: str, *where: int) -> torch.Generator:
+    return torch.Generator().manual_seed(torch_seed(seed, purpose, *where))
+
+
+def _set_pad_token(config: Any) -> int:
+    """Return the token for padding; decoders that classify find the last token by it, so the config must have one."""
+    if config.pad_token_id is None:
+        end = config.eos_token_id
+        config.pad_token_id = end[0] if isinstance(end, list) else (0 if end is None else end)
+    return int(config.pad_token_id)

@@ -1,0 +1,299 @@
+"""Which layers of a transformer carry LoRA, and how large they are: known from config.json, without torch.
+
+Planners and cost models need sizes only, and must not load weights. The table below covers the families that we have
+checked: a test builds a random model of each and compares. A family that is not in it is refused with the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from airtune.errors import InputError, unknown_name
+from airtune.lora import AdapterShape, SlotShape, lora_scaling
+
+Task = Literal["sequence-classification", "causal-lm"]
+TASKS: tuple[Task, ...] = ("sequence-classification", "causal-lm")
+ConfigJson = Mapping[str, Any]
+Sizes = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model and its LoRA.
+
+    Attributes
+    ----------
+    name : a name of the catalogue, a local folder, or ``owner/name`` of the Hugging Face hub.
+    task : "sequence-classification" or "causal-lm".
+    target_modules : ends of the names of the linear layers that are adapted (``("query", "value")``), or
+        ``("all-linear",)``. Empty: the usual choice for the family, its query and value projections.
+    rank : number of components of each slot, unless a method wants another profile.
+    alpha : the scaling is alpha / rank.
+    rank_stabilized : alpha / sqrt(rank) instead.
+    train_pooler : whether BERT's pooler is trained, sent and counted with the head; by default it stays frozen.
+    """
+
+    name: str = "minilm"
+    task: Task = "sequence-classification"
+    target_modules: tuple[str, ...] = ()
+    rank: int = 8
+    alpha: float = 16.0
+    rank_stabilized: bool = False
+    train_pooler: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises
+        ------
+        InputError : a field has no valid value.
+        """
+        if self.task not in TASKS:
+            raise unknown_name("model.task", self.task, TASKS)
+        if self.rank < 1:
+            raise InputError(f"model.rank: {self.rank} is no rank; valid: 1 or more")
+        if not self.alpha > 0:
+            raise InputError(f"model.alpha: {self.alpha} must be positive")
+
+    @property
+    def scaling(self) -> float:
+        """Return the one scaling of every slot, whatever the slot's own rank."""
+        return lora_scaling(self.alpha, self.rank, rank_stabilized=self.rank_stabilized)
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One linear layer inside the transformer's layers: its full module name, its sizes and its layer's position."""
+
+    name: str
+    in_features: int
+    out_features: int
+    layer: int
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Where one transformer family keeps its linear layers and its classifier.
+
+    layers : name of layer {i} in the model with its head. sizes : name inside a layer -> (in, out).
+    head : (width, classes) -> name -> shape. pooler : its module, if it has one. depth : key of the number of layers.
+    """
+
+    layers: str
+    sizes: Callable[[ConfigJson], Sizes]
+    targets: tuple[str, ...]
+    head: Callable[[ConfigJson, int], dict[str, tuple[int, ...]]]
+    depth: str = "num_hidden_layers"
+    pooler: str | None = None
+    causal: bool = False
+
+
+def _number(config: ConfigJson, key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"model.name: config.json has no usable {key!r} (found {value!r})")
+    return value
+
+
+def _width(config: ConfigJson) -> int:
+    return _number(config, next((key for key in ("hidden_size", "n_embd", "dim") if key in config), "hidden_size"))
+
+
+def _encoder_sizes(query: str, key: str, value: str, output: str) -> Callable[[ConfigJson], Sizes]:
+    def sizes(config: ConfigJson) -> Sizes:
+        h, m = _width(config), _number(config, "intermediate_size")
+        attention: Sizes = {name: (h, h) for name in (query, key, value, output)}
+        return {**attention, "intermediate.dense": (h, m), "output.dense": (m, h)}
+
+    return sizes
+
+
+_bert_sizes = _encoder_sizes(
+    "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"
+)
+_mpnet_sizes = _encoder_sizes("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o")
+
+
+def _distilbert_sizes(config: ConfigJson) -> Sizes:
+    h, m = _width(config), _number(config, "hidden_dim")
+    attention: Sizes = {f"attention.{name}_lin": (h, h) for name in ("q", "k", "v", "out")}
+    return {**attention, "ffn.lin1": (h, m), "ffn.lin2": (m, h)}
+
+
+def _llama_sizes(config: ConfigJson) -> Sizes:
+    h, m, heads = _width(config), _number(config, "intermediate_size"), _number(config, "num_attention_heads")
+    key_heads = _number(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads
+    head = _number(config, "head_dim") if config.get("head_dim") else h // heads
+    return {
+        "self_attn.q_proj": (h, heads * head),
+        "self_attn.k_proj": (h, key_heads * head),
+        "self_attn.v_proj": (h, key_heads * head),
+        "self_attn.o_proj": (heads * head, h),
+        "mlp.gate_proj": (h, m),
+        "mlp.up_proj": (h, m),
+        "mlp.down_proj": (m, h),
+    }
+
+
+def _gpt2_sizes(config: ConfigJson) -> Sizes:
+    h = _width(config)
+    m = _number(config, "n_inner") if config.get("n_inner") else 4 * h
+    return {"attn.c_attn": (h, 3 * h), "attn.c_proj": (h, h), "mlp.c_fc": (h, m), "mlp.c_proj": (m, h)}
+
+
+def _neox_sizes(config: ConfigJson) -> Sizes:
+    h, m = _width(config), _number(config, "intermediate_size")
+    return {
+        "attention.query_key_value": (h, 3 * h),
+        "attention.dense": (h, h),
+        "mlp.dense_h_to_4h": (h, m),
+        "mlp.dense_4h_to_h": (m, h),
+    }
+
+
+def _dense_head(config: ConfigJson, classes: int) -> dict[str, tuple[int, ...]]:
+    return {"classifier.weight": (classes, _width(config)), "classifier.bias": (classes,)}
+
+
+def _two_layer_head(config: ConfigJson, classes: int) -> dict[str, tuple[int, ...]]:
+    h = _width(config)
+    return {
+        "classifier.dense.weight": (h, h),
+        "classifier.dense.bias": (h,),
+        "classifier.out_proj.weight": (classes, h),
+        "classifier.out_proj.bias": (classes,),
+    }
+
+
+def _distilbert_head(config: ConfigJson, classes: int) -> dict[str, tuple[int, ...]]:
+    h = _width(config)
+    return {
+        "pre_classifier.weight": (h, h),
+        "pre_classifier.bias": (h,),
+        "classifier.weight": (classes, h),
+        "classifier.bias": (classes,),
+    }
+
+
+def _score_head(config: ConfigJson, classes: int) -> dict[str, tuple[int, ...]]:
+    return {"score.weight": (classes, _width(config))}
+
+
+_BERT = ("query", "value")
+_LLAMA = _Family("model.layers.{}", _llama_sizes, ("q_proj", "v_proj"), _score_head, causal=True)
+_FAMILIES: Mapping[str, _Family] = {
+    "bert": _Family("bert.encoder.layer.{}", _bert_sizes, _BERT, _dense_head, pooler="bert.pooler.dense"),
+    "roberta": _Family("roberta.encoder.layer.{}", _bert_sizes, _BERT, _two_layer_head),
+    "xlm-roberta": _Family("roberta.encoder.layer.{}", _bert_sizes, _BERT, _two_layer_head),
+    "camembert": _Family("roberta.encoder.layer.{}", _bert_sizes, _BERT, _two_layer_head),
+    "electra": _Family("electra.encoder.layer.{}", _bert_sizes, _BERT, _two_layer_head),
+    "mpnet": _Family("mpnet.encoder.layer.{}", _mpnet_sizes, ("attn.q", "attn.v"), _two_layer_head),
+    "distilbert": _Family(
+        "distilbert.transformer.layer.{}", _distilbert_sizes, ("q_lin", "v_lin"), _distilbert_head, depth="n_layers"
+    ),
+    "gpt2": _Family("transformer.h.{}", _gpt2_sizes, ("c_attn",), _score_head, depth="n_layer", causal=True),
+    "gpt_neox": _Family("gpt_neox.layers.{}", _neox_sizes, ("query_key_value",), _score_head, causal=True),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _LLAMA),
+}
+FAMILIES: tuple[str, ...] = tuple(sorted(_FAMILIES))
+
+
+def linear_layers(config_json: ConfigJson) -> tuple[LinearLayer, ...]:
+    """Return every linear layer inside the transformer's layers, from input to output (embeddings and head excluded).
+
+    Parameters
+    ----------
+    config_json : the model's config.json.
+
+    Raises
+    ------
+    InputError : the family is not known, or a size is missing.
+    """
+    family = _family(config_json)
+    sizes = family.sizes(config_json)
+    return tuple(
+        LinearLayer(f"{family.layers.format(layer)}.{name}", *size, layer=layer)
+        for layer in range(_number(config_json, family.depth))
+        for name, size in sizes.items()
+    )
+
+
+def adapter_shape(
+    config_json: ConfigJson, model: ModelConfig, num_labels: int | None = None, ranks: Mapping[str, int] | None = None
+) -> AdapterShape:
+    """Return the sizes of the adapter of a model, without torch.
+
+    Parameters
+    ----------
+    config_json : the model's config.json.
+    model : which layers are adapted, at which rank.
+    num_labels : number of classes (sequence classification only).
+    ranks : slot -> its own rank, 0 or more; slots that are not named have `model.rank`. The scaling is always that of
+        `model`.
+
+    Raises
+    ------
+    InputError : unknown family, no layer matches a target, a rank exceeds its layer, or the task does not fit.
+    """
+    family = _family(config_json)
+    if model.task == "causal-lm" and not family.causal:
+        raise InputError(
+            f"model.task: {config_json.get('model_type')!r} is an encoder and has no causal language modelling head; "
+            "valid: sequence-classification"
+        )
+    targets = _targets(linear_layers(config_json), model.target_modules or family.targets)
+    unknown = set(ranks or {}) - {layer.name for layer in targets}
+    if unknown:
+        raise unknown_name("ranks", min(unknown), [layer.name for layer in targets])
+    slots = {layer.name: _slot(layer, (ranks or {}).get(layer.name, model.rank), model) for layer in targets}
+    return AdapterShape(slots, _extras(config_json, model, num_labels), _number(config_json, family.depth))
+
+
+def _family(config_json: ConfigJson) -> _Family:
+    name = str(config_json.get("model_type"))
+    if name not in _FAMILIES:
+        raise unknown_name("model.name: model_type of config.json", name, FAMILIES)
+    return _FAMILIES[name]
+
+
+def _targets(layers: tuple[LinearLayer, ...], targets: tuple[str, ...]) -> tuple[LinearLayer, ...]:
+    if targets == ("all-linear",):
+        return layers
+    for target in targets:
+        if not any(_matches(layer.name, target) for layer in layers):
+            first = [layer.name for layer in layers if layer.layer == 0]
+            raise InputError(
+                f"model.target_modules: no matching target module for {target!r}; linear layers of layer 0: "
+                f"{', '.join(first)}; valid: ends of such names, or all-linear"
+            )
+    return tuple(layer for layer in layers if any(_matches(layer.name, target) for target in targets))
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _slot(layer: LinearLayer, rank: int, model: ModelConfig) -> SlotShape:
+    limit = min(layer.in_features, layer.out_features)
+    if not 0 <= rank <= limit:
+        raise InputError(f"model.rank: rank {rank} does not fit {layer.name!r}; valid: at most {limit}")
+    return SlotShape(rank, layer.in_features, layer.out_features, layer.layer, scaling=model.scaling)
+
+
+def _extras(config_json: ConfigJson, model: ModelConfig, num_labels: int | None) -> dict[str, tuple[int, ...]]:
+    family = _family(config_json)
+    if model.train_pooler and (family.pooler is None or model.task == "causal-lm"):
+        raise InputError(
+            f"model.train_pooler: a {config_json.get('model_type')!r} model for {model.task} has no pooler"
+        )
+    if model.task == "causal-lm":
+        return {}
+    if num_labels is None or num_labels < 2:
+        raise InputError(f"data: sequence classification needs at least 2 classes, found {num_labels}")
+    extras = family.head(config_json, num_labels)
+    if model.train_pooler:
+        h = _width(config_json)
+        extras = {f"{family.pooler}.weight": (h, h), f"{family.pooler}.bias": (h,), **extras}
+    return extras
