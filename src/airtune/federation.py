@@ -114,7 +114,9 @@ def _zeroth_record(metrics: Mapping[str, float]) -> RoundRecord:
 
 
 def _record(progress: Progress, shape: Any, outcome: RoundOutcome, metrics: Mapping[str, float]) -> RoundRecord:
-    losses = [(u.reports["loss"], outcome.fleet.num_examples[u.task.client]) for u in outcome.updates if "loss" in u.reports]
+    losses = [
+        (u.reports["loss"], outcome.fleet.num_examples[u.task.client]) for u in outcome.updates if "loss" in u.reports
+    ]
     weight = sum(int(n) for _, n in losses)
     return RoundRecord(
         round=progress.round,

@@ -62,7 +62,7 @@ class LoraFactors:
         return int(self.B.shape[0])
 
     def product(self) -> Tensor:
-        """Return the dense update, [out_features, in_features]. For tests and small layers: it is never needed on a device."""
+        """Return the dense update, [out_features, in_features]: for tests and small layers, no device needs it."""
         inner = self.A if self.core is None else self.core @ self.A
         return self.scaling * (self.B @ inner)
 
@@ -90,27 +90,46 @@ class LoraFactors:
         """Return factors with the same product and another scaling: the ratio goes into B."""
         return replace(self, B=self.B * (self.scaling / scaling), scaling=scaling)
 
+    def times(self, columns: Tensor) -> Tensor:
+        """Return ``delta W @ columns`` for columns of shape [in_features, n], without the dense update."""
+        inner = self.A @ columns
+        return self.scaling * (self.B @ (inner if self.core is None else self.core @ inner))
+
     def truncate(self, rank: int, *, balanced: bool = False) -> LoraFactors:
-        """Return the best approximation of at most `rank` components (Eckart-Young), by QR of both factors and a small SVD.
+        """Return the best approximation of at most `rank` components (Eckart-Young), by QR and a small SVD.
 
         Cost O((in + out) rank^2), no dense product. The singular values go into B (A gets orthonormal rows), or into
         both as square roots if `balanced`. The scaling is kept.
         """
+        head, _ = self.split(rank, balanced=balanced)
+        return head
+
+    def split(self, rank: int, energy: float = 1.0, *, balanced: bool = False) -> tuple[LoraFactors, LoraFactors]:
+        """Return the leading `rank` singular components, and those that follow until `energy` is reached.
+
+        `energy` is the share of ``||delta W||_F^2`` in both parts together: 1 keeps all that is not rounding, so that
+        the two products add up to this one. The singular values go into B, or into both factors as square roots if
+        `balanced`; the scaling is kept.
+        """
         left, singular, right = self.svd()
-        kept = min(rank, int(singular.shape[0]))
-        left, singular, right = left[:, :kept], singular[:kept] / self.scaling, right[:kept]
-        if balanced:
-            root = singular.sqrt()
-            left, right = left * root, root[:, None] * right
-        else:
-            left = left * singular
-        dtype = self.A.dtype
-        return LoraFactors(A=right.to(dtype), B=left.to(dtype), scaling=self.scaling)
+        head = min(rank, int(singular.shape[0]))
+        last = max(head, rank_for_energy(singular, energy))
+        singular = singular / self.scaling
+        return tuple(  # pyright: ignore[reportReturnType]
+            _from_svd(left[:, part], singular[part], right[part], like=self, balanced=balanced)
+            for part in (slice(0, head), slice(head, last))
+        )
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return U [out, k], singular values [k] and V' [k, in] of the scaled product in double precision, k <= rank."""
+        """Return U [out, k], singular values [k] and V' [k, in] of the scaled product in double precision.
+
+        k = min(rank, in, out). Below the layer's size: QR of both factors and the SVD of a [rank, rank] core. From
+        there on the dense product is the smaller matrix, and its SVD is taken.
+        """
         import torch
 
+        if self.rank >= min(self.in_features, self.out_features):
+            return _dense_svd(replace(self, A=self.A.double(), B=self.B.double()).product())
         inner = self.A if self.core is None else self.core @ self.A
         q_left, r_left = torch.linalg.qr(self.B.double())
         q_right, r_right = torch.linalg.qr(inner.double().T)
@@ -118,7 +137,7 @@ class LoraFactors:
         return q_left @ u, s, vh @ q_right.T
 
     def grow(self, rank: int, new_rows: Tensor) -> LoraFactors:
-        """Return the same product at a higher rank: `new_rows` [rank - self.rank, in_features] below A, zero columns in B."""
+        """Return the same product at a higher rank: `new_rows` [added, in_features] below A, zero columns in B."""
         import torch
 
         if rank != self.rank + int(new_rows.shape[0]):
@@ -257,7 +276,12 @@ class Adapter:
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield (owner, kind, tensor): kind is "A", "B", "core", "magnitude" with a slot as owner, or "extra"."""
         for name, factors in self.factors.items():
-            for kind, tensor in (("A", factors.A), ("B", factors.B), ("core", factors.core), ("magnitude", factors.magnitude)):
+            for kind, tensor in (
+                ("A", factors.A),
+                ("B", factors.B),
+                ("core", factors.core),
+                ("magnitude", factors.magnitude),
+            ):
                 if tensor is not None:
                     yield name, kind, tensor
         for name, tensor in self.extras.items():
@@ -357,7 +381,9 @@ class AdapterSlice:
         for name, indices in self.components.items():
             if name not in shape.slots:
                 found.append(f"slot {name!r} does not exist")
-            elif len(indices) and (indices[0] < 0 or indices[-1] >= shape.slots[name].rank or np.any(np.diff(indices) <= 0)):
+            elif len(indices) and (
+                indices[0] < 0 or indices[-1] >= shape.slots[name].rank or np.any(np.diff(indices) <= 0)
+            ):
                 found.append(f"slot {name!r}: components must increase within 0..{shape.slots[name].rank - 1}")
         return found
 
@@ -366,7 +392,7 @@ class AdapterSlice:
     def take(self, adapter: Adapter) -> Adapter:
         """Return the sub-adapter of the slice: its components alone, with the scaling that the client computes with.
 
-        Slots without a component are left out. An unbiased slice multiplies the scaling by rank / kept, here and nowhere else.
+        Slots without a component are left out. An unbiased slice multiplies the scaling by rank / kept, here only.
         """
         factors = {name: self._take_slot(name, f) for name, f in adapter.factors.items() if self.kept(name)}
         placement = {module: tuple(s for s in slots if s in factors) for module, slots in adapter.placement.items()}

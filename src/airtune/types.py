@@ -73,8 +73,9 @@ class LinkState:
     noise_density : W/Hz at the receiver, noise figure and interference margin included (one number).
     uplink_bandwidth, downlink_bandwidth : Hz, shared by all (one number each).
     downlink_power : W, of the base station (one number).
+    downlink_noise_density : W/Hz at the devices; None: the same as `noise_density`.
     snr_gap : linear gap to Shannon's limit, at least 1 (one number).
-    fixed_uplink_rate, fixed_downlink_rate : bit/s or None: measured networks, whose rate does not depend on a bandwidth.
+    fixed_uplink_rate, fixed_downlink_rate : bit/s or None: measured networks; no bandwidth enters.
     """
 
     uplink_gain: Floats
@@ -84,6 +85,7 @@ class LinkState:
     downlink_bandwidth: float
     downlink_power: float
     snr_gap: float = 1.0
+    downlink_noise_density: float | None = None
     fixed_uplink_rate: Floats | None = None
     fixed_downlink_rate: Floats | None = None
 
@@ -91,16 +93,17 @@ class LinkState:
         """Return the achievable uplink rate of some clients in bit/s, ``w log2(1 + P g / (gap w N0))``."""
         if self.fixed_uplink_rate is not None:
             return self.fixed_uplink_rate[clients]
-        return np.asarray(achievable_rate(bandwidth, power, self.uplink_gain[clients], self.noise_density, self.snr_gap))
+        return np.asarray(
+            achievable_rate(bandwidth, power, self.uplink_gain[clients], self.noise_density, self.snr_gap)
+        )
 
     def downlink_rate(self, clients: Ints) -> Floats:
         """Return the downlink rate of some clients in bit/s if each had the whole downlink band."""
         if self.fixed_downlink_rate is not None:
             return self.fixed_downlink_rate[clients]
         gain = self.downlink_gain[clients]
-        return np.asarray(
-            achievable_rate(self.downlink_bandwidth, self.downlink_power, gain, self.noise_density, self.snr_gap)
-        )
+        noise = self.noise_density if self.downlink_noise_density is None else self.downlink_noise_density
+        return np.asarray(achievable_rate(self.downlink_bandwidth, self.downlink_power, gain, noise, self.snr_gap))
 
 
 # ------------------------------------------------------------------------------------------------------ local training
@@ -191,7 +194,12 @@ class Compressor(Protocol):
         ...
 
     def encode(
-        self, send: AdapterSlice, trained: Adapter, start: Adapter, memory: Mapping[str, Tensor], rng: np.random.Generator
+        self,
+        send: AdapterSlice,
+        trained: Adapter,
+        start: Adapter,
+        memory: Mapping[str, Tensor],
+        rng: np.random.Generator,
     ) -> tuple[Payload, Mapping[str, Tensor]]:
         """Return the payload and the new memory. `trained` and `start` are in the coordinates of `send`."""
         ...
@@ -380,7 +388,7 @@ class Observation:
     reports: Mapping[int, Mapping[str, float]] = field(default_factory=dict[int, Mapping[str, float]])
 
 
-# ----------------------------------------------------------------------------------------------------- model and outcome
+# --------------------------------------------------------------------------------------------------- model and outcome
 
 
 @dataclass(frozen=True)
@@ -506,6 +514,7 @@ class Pending:
     held_version : client -> version of the merges that it holds.
     memory : client -> its private tensors (error feedback, personal factors); never sent.
     reports : client -> latest report.
+    round_starts : fleet seconds at which the rounds so far began (a planner with delayed channel knowledge needs them).
     """
 
     in_flight: tuple[InFlight, ...] = ()
@@ -513,6 +522,7 @@ class Pending:
     held_version: Mapping[int, int] = field(default_factory=dict[int, int])
     memory: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict[int, "Mapping[str, Tensor]"])
     reports: Mapping[int, Mapping[str, float]] = field(default_factory=dict[int, Mapping[str, float]])
+    round_starts: tuple[float, ...] = ()
 
 
 # ----------------------------------------------------------------------------------------------------------- protocols
@@ -561,7 +571,9 @@ class Environment(Protocol):
 class Runner(Protocol):
     """Does what a plan says, in simulation or on real devices."""
 
-    def run(self, plan: Plan, model: ServerModel, pending: Pending, *, round_index: int, time: float) -> tuple[RoundOutcome, Pending]:
+    def run(
+        self, plan: Plan, model: ServerModel, pending: Pending, *, round_index: int, time: float
+    ) -> tuple[RoundOutcome, Pending]:
         """Run one round that starts at `time` fleet seconds."""
         ...
 
