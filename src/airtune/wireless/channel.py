@@ -335,7 +335,7 @@ def _check_channel(channel: Channel) -> None:
     at_least_one = ("base_noise_figure", "user_noise_figure", "interference_margin", "snr_gap")
     _check_all(channel, [name for name, _ in positive], lambda v: v > 0.0, dict(positive), "positive")
     _check_all(channel, at_least_one, lambda v: v >= 1.0, dict.fromkeys(at_least_one, "linear"), "at least 1 (0 dB)")
-    if channel.block != "round" and not (isinstance(channel.block, int | float) and 1e-4 <= channel.block < math.inf):
+    if channel.block != "round" and not 1e-4 <= float(channel.block) < math.inf:
         raise InputError(f'block: must be "round" or seconds of at least 0.0001; got {channel.block!r}')
     channel.sites()
     channel.path_loss.loss_db(np.array([100.0]), channel.carrier_frequency, np.array([True]))

@@ -149,7 +149,7 @@ def hexagonal_sites(count: int, inter_site_distance: float) -> Array:
     x, y = a + b / 2.0, b * math.sqrt(3.0) / 2.0
     angle = np.round(np.mod(np.arctan2(y, x), 2.0 * math.pi), 9)
     order = np.lexsort((angle, squared))[:count]
-    return inter_site_distance * np.stack([x[order], y[order]], axis=-1)
+    return np.stack([x[order], y[order]], axis=-1) * np.float64(inter_site_distance)
 
 
 def _ring(u: Array, v: Array, inner: float, outer: float) -> Array:
