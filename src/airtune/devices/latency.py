@@ -127,7 +127,8 @@ class TransformerShape:
 def module_position(name: str) -> tuple[int, str]:
     """Return (layer, kind) of a linear layer from its module name.
 
-    For example ``model.layers.3.self_attn.q_proj`` is (3, "query"). Raises InputError for a name that is not a known linear layer of a transformer layer.
+    For example ``model.layers.3.self_attn.q_proj`` is (3, "query"). Raises InputError for a name that is not a known
+    linear layer of a transformer layer.
     """
     match = _LAYER.search(name)
     if match is not None:
