@@ -1,0 +1,1 @@
+"""How an upload is coded, with its bits counted as they are sent."""
