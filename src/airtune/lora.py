@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Factor = Literal["A", "B"]
@@ -95,6 +96,16 @@ class LoraFactors:
         inner = self.A @ columns
         return self.scaling * (self.B @ (inner if self.core is None else self.core @ inner))
 
+    def cast(self, dtype: torch.dtype) -> LoraFactors:
+        """Return the same factors in another floating-point type."""
+        return LoraFactors(
+            A=self.A.to(dtype),
+            B=self.B.to(dtype),
+            scaling=self.scaling,
+            core=None if self.core is None else self.core.to(dtype),
+            magnitude=None if self.magnitude is None else self.magnitude.to(dtype),
+        )
+
     def truncate(self, rank: int, *, balanced: bool = False) -> LoraFactors:
         """Return the best approximation of at most `rank` components (Eckart-Young), by QR and a small SVD.
 
@@ -129,7 +140,7 @@ class LoraFactors:
         import torch
 
         if self.rank >= min(self.in_features, self.out_features):
-            return _dense_svd(replace(self, A=self.A.double(), B=self.B.double()).product())
+            return _dense_svd(self.cast(torch.float64).product())
         inner = self.A if self.core is None else self.core @ self.A
         q_left, r_left = torch.linalg.qr(self.B.double())
         q_right, r_right = torch.linalg.qr(inner.double().T)
@@ -167,7 +178,7 @@ class SlotShape:
     ----------
     rank, in_features, out_features : of its factors.
     layer : position of the layer in the network, 0 next to the input. A slot shared by several layers has the lowest.
-    placements : number of modules that use it (1 but for shared slots); FLOPs count each, bits count the slot once.
+    modules : names of the modules that use it (one but for shared slots); FLOPs count each, bits count the slot once.
     scaling : the scaling of its factors.
     core, magnitude : whether the optional tensors are there.
     """
@@ -176,7 +187,7 @@ class SlotShape:
     in_features: int
     out_features: int
     layer: int
-    placements: int = 1
+    modules: tuple[str, ...]
     scaling: float = 1.0
     core: bool = False
     magnitude: bool = False
@@ -239,10 +250,10 @@ class Adapter:
     @property
     def shape(self) -> AdapterShape:
         """Return the sizes alone."""
-        placements = {slot: 0 for slot in self.factors}
-        for slots in self.placement.values():
+        modules: dict[str, list[str]] = {slot: [] for slot in self.factors}
+        for module, slots in self.placement.items():
             for slot in slots:
-                placements[slot] += 1
+                modules[slot].append(module)
         return AdapterShape(
             slots={
                 name: SlotShape(
@@ -250,7 +261,7 @@ class Adapter:
                     in_features=f.in_features,
                     out_features=f.out_features,
                     layer=self.layer[name],
-                    placements=placements[name],
+                    modules=tuple(modules[name]),
                     scaling=f.scaling,
                     core=f.core is not None,
                     magnitude=f.magnitude is not None,
@@ -455,6 +466,105 @@ class AdapterSlice:
             if kind == "extra" and not self.extras:
                 continue
             yield owner, kind, tensor
+
+
+# ------------------------------------------------------------------------------------------------------ merged updates
+
+
+@dataclass(frozen=True)
+class DenseUpdate:
+    """An update of one weight without factors, [out_features, in_features]: merges whose rank reached the layer's size.
+
+    It answers the same questions as `LoraFactors`; `factors()` is for a consumer that knows nothing but factors.
+    """
+
+    matrix: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Return the largest rank that a matrix of this size can have."""
+        return min(self.in_features, self.out_features)
+
+    @property
+    def in_features(self) -> int:
+        """Return the number of columns."""
+        return int(self.matrix.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        """Return the number of rows."""
+        return int(self.matrix.shape[0])
+
+    def product(self) -> Tensor:
+        """Return the update itself."""
+        return self.matrix
+
+    def times(self, columns: Tensor) -> Tensor:
+        """Return ``delta W @ columns`` for columns of shape [in_features, n]."""
+        return self.matrix @ columns
+
+    def factors(self) -> LoraFactors:
+        """Return the same update as factors of which the smaller one is the identity."""
+        import torch
+
+        eye = torch.eye(self.rank, dtype=self.matrix.dtype, device=self.matrix.device)
+        wide = self.in_features <= self.out_features
+        return LoraFactors(A=eye if wide else self.matrix, B=self.matrix if wide else eye, scaling=1.0)
+
+
+MergedUpdate = LoraFactors | DenseUpdate
+
+
+def merge(merged: MergedUpdate | None, addition: LoraFactors) -> MergedUpdate:
+    """Return ``merged + addition`` in single precision (double stays double): stacked factors, dense once that is less.
+
+    It turns dense when the stacked rank reaches min(in, out): from there on further merges need no more memory. Single
+    precision whatever the adapter's, because half precision loses most of a small update in rounding.
+    """
+    parts = [part for part in (merged, addition) if isinstance(part, LoraFactors)]
+    dtype = _at_least_single(addition.A)
+    if isinstance(merged, DenseUpdate):
+        return DenseUpdate(merged.matrix + addition.cast(dtype).product().to(merged.matrix))
+    if sum(part.rank for part in parts) >= min(addition.in_features, addition.out_features):
+        products = [part.cast(dtype).product() for part in parts]
+        return DenseUpdate(sum(products[1:], start=products[0]))
+    return stack([part.cast(dtype) for part in parts])
+
+
+def rank_for_energy(singular: Tensor, energy: float) -> int:
+    """Return the smallest p whose first p singular values hold the share `energy` of the sum of squares.
+
+    `energy` 1 keeps all values above rounding (1e-14 of the largest); a zero update needs p = 0.
+    """
+    squares = singular.double() ** 2
+    total = float(squares.sum())
+    if not total > 0.0:
+        return 0
+    if energy >= 1.0:
+        return int((singular > 1e-14 * singular[0]).sum())
+    reached = squares.cumsum(0) >= energy * total * (1 - 1e-12)
+    return int((~reached).sum()) + 1
+
+
+def _dense_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    import torch
+
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u, s, vh
+
+
+def _from_svd(left: Tensor, singular: Tensor, right: Tensor, *, like: LoraFactors, balanced: bool) -> LoraFactors:
+    """Return factors of ``like.scaling * left @ diag(singular) @ right`` in the dtype of `like`."""
+    root = singular.abs().sqrt()
+    left = left * (root * singular.sign() if balanced else singular)
+    right = root[:, None] * right if balanced else right
+    return LoraFactors(A=right.to(like.A.dtype), B=left.to(like.B.dtype), scaling=like.scaling)
+
+
+def _at_least_single(tensor: Tensor) -> torch.dtype:
+    import torch
+
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def lora_scaling(alpha: float, rank: int, *, rank_stabilized: bool = False) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from airtune.errors import InputError
-from airtune.lora import Adapter, AdapterShape, AdapterSlice, LoraFactors
+from airtune.lora import Adapter, AdapterShape, AdapterSlice, MergedUpdate
 from airtune.wireless.rate import achievable_rate
 
 if TYPE_CHECKING:
@@ -398,13 +398,14 @@ class ServerModel:
     Attributes
     ----------
     adapter : the global adapter.
-    base_update : module -> factors merged into the base so far (FLoRA, FedEx, RAC, GaLore), fp32; empty for most.
+    base_update : module -> what was merged into the base so far (FLoRA, FedEx, RAC, GaLore), fp32: factors, or a dense
+        matrix once their rank reaches the layer's size (`airtune.lora.merge`). Empty for most methods.
     version : number of aggregations that changed the model.
     merged_bits : version -> bits a client must download to make the merge of that version.
     """
 
     adapter: Adapter
-    base_update: Mapping[str, LoraFactors] = field(default_factory=dict[str, LoraFactors])
+    base_update: Mapping[str, MergedUpdate] = field(default_factory=dict[str, MergedUpdate])
     version: int = 0
     merged_bits: Mapping[int, int] = field(default_factory=dict[int, int])
 
