@@ -279,7 +279,7 @@ def _slot(layer: LinearLayer, rank: int, model: ModelConfig) -> SlotShape:
     limit = min(layer.in_features, layer.out_features)
     if not 0 <= rank <= limit:
         raise InputError(f"model.rank: rank {rank} does not fit {layer.name!r}; valid: at most {limit}")
-    return SlotShape(rank, layer.in_features, layer.out_features, layer.layer, scaling=model.scaling)
+    return SlotShape(rank, layer.in_features, layer.out_features, layer.layer, (layer.name,), model.scaling)
 
 
 def _extras(config_json: ConfigJson, model: ModelConfig, num_labels: int | None) -> dict[str, tuple[int, ...]]:

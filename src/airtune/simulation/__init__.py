@@ -1,0 +1,1 @@
+"""A fleet in a wireless cell on one machine: real training under a virtual clock."""

@@ -1,0 +1,155 @@
+"""`Cell`: the simulated world. Planners observe estimates of it; the runner asks it for the truth.
+
+Everything is a function of (seed, client, time): channel, motion, power modes, availability. The cell remembers
+nothing, so a method cannot change the world, and a resumed run meets the same one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from airtune.devices.availability import Always, Availability
+from airtune.errors import InputError, unknown_name
+from airtune.simulation.costs import CostModel
+from airtune.simulation.fleet import Modes
+from airtune.types import Fleet, Floats, Ints, LinkState, Observation, Pending, ServerModel
+from airtune.wireless.channel import Channel, RadioChannel
+from airtune.wireless.knowledge import ChannelKnowledge
+
+Downlink = Literal["broadcast", "unicast"]
+DOWNLINKS: tuple[Downlink, ...] = ("broadcast", "unicast")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A fleet in a radio cell; an `airtune.types.Environment` for planners, the truth for the runner.
+
+    Attributes
+    ----------
+    nominal : the fleet with every device in its fastest power mode.
+    costs : FLOPs, bits and bytes of a task on the nominal fleet.
+    seed : of the experiment; the whole world follows from it.
+    channel : the radio.
+    knowledge : how well planners know it.
+    modes : power modes that change over time (DVFS); None: the nominal ones stay.
+    availability : when clients are there.
+    downlink : "broadcast": what a cohort receives is sent once, at the rate of its worst member; "unicast": each client
+        gets its own copy in an equal share of the downlink band.
+    idle_seconds : what a round without any participant costs, s.
+    """
+
+    nominal: Fleet
+    costs: CostModel
+    seed: int
+    channel: RadioChannel = field(default_factory=Channel)
+    knowledge: ChannelKnowledge = field(default_factory=ChannelKnowledge)
+    modes: Modes | None = None
+    availability: Availability = field(default_factory=Always)
+    downlink: Downlink = "broadcast"
+    idle_seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check what the types cannot."""
+        if self.nominal.size == 0:
+            raise InputError("fleet: it has no client; give at least one device")
+        if self.downlink not in DOWNLINKS:
+            raise unknown_name("wireless.downlink", self.downlink, DOWNLINKS)
+        if not (math.isfinite(self.idle_seconds) and self.idle_seconds > 0):
+            raise InputError(f"fleet.idle_seconds: must be positive, in s; got {self.idle_seconds:g}")
+
+    # -- what planners see --------------------------------------------------------------------------------------------
+
+    @property
+    def fleet(self) -> Fleet:
+        """Return the fleet at time 0."""
+        return self.fleet_at(0.0)
+
+    def observe(self, round_index: int, time: float, pending: Pending, model: ServerModel) -> Observation:
+        """Return what is known at the start of a round: estimated gains, current speeds, who is idle."""
+        fleet = self.fleet_at(time)
+        busy = np.array(sorted(flight.task.client for flight in pending.in_flight), dtype=np.int64)
+        there = np.flatnonzero(self.availability.available(self.seed, np.arange(fleet.size), time))
+        with_data = there[fleet.num_examples[there] > 0]
+        occupied = sum(flight.task.bandwidth for flight in pending.in_flight)
+        return Observation(
+            round=round_index,
+            time=time,
+            fleet=fleet,
+            links=self._estimated_links(round_index, time, pending),
+            shape=model.adapter.shape,
+            costs=replace(self.costs, fleet=fleet, shape=model.adapter.shape),
+            idle=np.setdiff1d(with_data, busy),
+            in_flight=busy,
+            free_bandwidth=max(self.channel.uplink_bandwidth - occupied, 0.0),
+            reports=pending.reports,
+        )
+
+    def _estimated_links(self, round_index: int, time: float, pending: Pending) -> LinkState:
+        clients = np.arange(self.nominal.size)
+        starts = pending.round_starts
+        up, down = (
+            self.knowledge.estimate(self.channel, self.seed, clients, time, round_index, direction, starts)
+            for direction in ("uplink", "downlink")
+        )
+        return LinkState(
+            uplink_gain=up,
+            downlink_gain=down,
+            noise_density=self.channel.noise_density("uplink"),
+            downlink_noise_density=self.channel.noise_density("downlink"),
+            uplink_bandwidth=self.channel.uplink_bandwidth,
+            downlink_bandwidth=self.channel.downlink_bandwidth,
+            downlink_power=self.channel.base_station_power,
+            snr_gap=self.channel.snr_gap,
+        )
+
+    # -- the truth ----------------------------------------------------------------------------------------------------
+
+    def fleet_at(self, time: float) -> Fleet:
+        """Return the fleet with the speeds and energies of the power modes at `time` (s)."""
+        if self.modes is None:
+            return self.nominal
+        speed, energy = self.modes.factors(self.seed, time)
+        return replace(
+            self.nominal,
+            flops_per_second=self.nominal.flops_per_second * speed,
+            energy_per_flop=self.nominal.energy_per_flop * energy,
+        )
+
+    def download_seconds(
+        self, clients: Ints, start: float, broadcast_bits: int, unicast_bits: Ints, band_share: float
+    ) -> Floats:
+        """Return the seconds [n] until each client has the broadcast and its own bits.
+
+        Parameters
+        ----------
+        clients : [n]. start : s.
+        broadcast_bits : sent once over the band, at the worst client's rate; everyone has them at the same moment.
+        unicast_bits : [n]; sent beside one another in equal shares of the band, after the broadcast.
+        band_share : part of the downlink band that this cohort has.
+        """
+        width = self.channel.downlink_bandwidth * band_share
+        shared = self._down(clients, start, np.full(len(clients), broadcast_bits), width)
+        common = float(shared.max(initial=0.0))
+        if not unicast_bits.any():
+            return np.full(len(clients), common)
+        return common + self._down(clients, start + common, unicast_bits, width / len(clients))
+
+    def _down(self, clients: Ints, start: float, bits: Ints, width: float) -> Floats:
+        if not bits.any():
+            return np.zeros(len(clients))
+        power = self.channel.base_station_power * width / self.channel.downlink_bandwidth
+        return self.channel.transfer_seconds(self.seed, clients, start, bits, width, power, "downlink")
+
+    def upload_seconds(self, clients: Ints, start: Floats, bits: Ints, bandwidth: Floats, power: Floats) -> Floats:
+        """Return the seconds [n] of the uploads that begin at `start` [n]; infinite where there is no link."""
+        finite = np.where(np.isfinite(start), start, 0.0)
+        seconds = self.channel.transfer_seconds(self.seed, clients, finite, bits, bandwidth, power, "uplink")
+        return np.where(np.isfinite(start), seconds, np.inf)
+
+    def stays(self, client: int, start: float, end: float) -> bool:
+        """Return whether a client is there when its upload ends. A client that comes back in between has resumed."""
+        return bool(self.availability.available(self.seed, np.array([client]), end)[0])
