@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from airtune.lora import Adapter, AdapterShape, AdapterSlice, Indices, LoraFactors
+from airtune.lora import Adapter, AdapterShape, AdapterSlice, DenseUpdate, Indices, LoraFactors, MergedUpdate
 from airtune.streams import torch_seed
 from airtune.training.hardware import BASE_TYPE, Precision, checked_device, checked_precision
 from airtune.training.layers import head_parameters, inject_layers, install_parts, set_parameter
@@ -60,6 +60,7 @@ class FederatedModel:
     precision : "fp32"; "bf16": the base in bf16 and autocast, adapters in fp32; "fp64": all double, for checks.
     device : where the network is. Adapters of the server stay on the CPU.
     shape : sizes of the adapter at the configured rank.
+    transposed : whether the adapted weights are stored as [in, out] (GPT-2).
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class FederatedModel:
         self.network.config.use_cache = False
         self.pad_token_id = _set_pad_token(self.network.config)
         self._layers = inject_layers(self.network, tuple(self.shape.slots))
+        self.transposed = next(iter(self._layers.values())).fan_in_fan_out
         self._check_sizes()
         self.show(ServerModel(self.initial_adapter(0)))
 
@@ -170,7 +172,7 @@ class FederatedModel:
             wanted = train.extras if kind == "extra" else kind in train.tensors
             tensor.requires_grad_(wanted and (kind == "extra" or train.kept(owner) > 0))
         frozen = _map_tensors(_held_only(model.adapter, train, receive), self._leaf)
-        merged = {module: _map_factors(factors, self._leaf) for module, factors in model.base_update.items()}
+        merged = {module: _map_factors(_as_factors(update), self._leaf) for module, update in model.base_update.items()}
         for module, layer in self._layers.items():
             parts = [(trained.factors[slot], dropout) for slot in trained.placement.get(module, ())]
             parts += [(frozen.factors[slot], None) for slot in frozen.placement.get(module, ())]
@@ -249,8 +251,17 @@ def _held_only(adapter: Adapter, train: AdapterSlice, receive: AdapterSlice | No
     return AdapterSlice(kept, extras=False).take(adapter)
 
 
+def as_factors(update: MergedUpdate) -> LoraFactors:
+    """Return a merged update as factors."""
+    return update.factors() if isinstance(update, DenseUpdate) else update
+
+
 def _map_factors(factors: LoraFactors, change: Callable[[Tensor], Tensor]) -> LoraFactors:
     return replace(factors, A=change(factors.A), B=change(factors.B))
+
+
+def _as_factors(update: MergedUpdate) -> LoraFactors:
+    return update.factors() if isinstance(update, DenseUpdate) else update
 
 
 def _map_tensors(adapter: Adapter, change: Callable[[Tensor], Tensor]) -> Adapter:
