@@ -6,7 +6,7 @@ checked: a test builds a random model of each and compares. A family that is not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -249,6 +249,13 @@ def adapter_shape(
         raise unknown_name("ranks", min(unknown), [layer.name for layer in targets])
     slots = {layer.name: _slot(layer, (ranks or {}).get(layer.name, model.rank), model) for layer in targets}
     return AdapterShape(slots, _extras(config_json, model, num_labels), _number(config_json, family.depth))
+
+
+def saved_modules(config_json: ConfigJson, extras: Collection[str]) -> tuple[str, ...]:
+    """Return the modules that hold these extras, as PEFT's `modules_to_save` names them."""
+    pooler = _family(config_json).pooler
+    inside = {name.rpartition(".")[0] for name in extras}
+    return tuple(sorted({name if name == pooler else name.partition(".")[0] for name in inside}))
 
 
 def _family(config_json: ConfigJson) -> _Family:
