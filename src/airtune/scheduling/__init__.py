@@ -1,0 +1,1 @@
+"""Who takes part, what each client holds, and how band and power are shared."""

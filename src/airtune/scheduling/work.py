@@ -1,0 +1,72 @@
+"""What one client is asked to do, before the radio is shared: three slices and how to train them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from airtune.lora import AdapterShape, AdapterSlice
+from airtune.types import ClientTask, Compressor, Ints, LocalTraining, Observation
+
+
+@dataclass(frozen=True)
+class Slices:
+    """What a client downloads (`receive`), gives gradients to (`train`) and uploads (`send`)."""
+
+    receive: AdapterSlice
+    train: AdapterSlice
+    send: AdapterSlice
+
+    @staticmethod
+    def same(part: AdapterSlice) -> Slices:
+        """Return the slices of a client that receives, trains and sends the same."""
+        return Slices(part, part, part)
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """How every client of a method trains, and how its upload is coded."""
+
+    training: LocalTraining
+    compressor: Compressor
+
+    def task(self, client: int, slices: Slices, seen: Observation, probability: float = 1.0) -> ClientTask:
+        """Return the task of one client at full transmit power, without bandwidth yet."""
+        return ClientTask(
+            client=int(client),
+            receive=slices.receive,
+            train=slices.train,
+            send=slices.send,
+            training=self.training,
+            compressor=self.compressor,
+            bandwidth=0.0,
+            transmit_power=float(seen.fleet.transmit_power[client]),
+            probability=float(probability),
+        )
+
+    def memory_bytes(self, slices: Slices, seen: Observation) -> float:
+        """Return the bytes that training these slices needs: they do not depend on the client."""
+        return seen.costs.memory_bytes(self.task(0, slices, seen))
+
+    def with_training(self, **changes: object) -> LocalWork:
+        """Return work that trains with other values of some fields of `LocalTraining`."""
+        return replace(self, training=replace(self.training, **changes))  # pyright: ignore[reportArgumentType]
+
+
+@runtime_checkable
+class ChoosesRanks(Protocol):
+    """A method (or planner) that wants the global adapter to have other ranks than ``[model].rank`` everywhere."""
+
+    def ranks(self, shape: AdapterShape) -> Mapping[str, int]:
+        """Return slot -> rank of the global adapter, given its shape at ``[model].rank``."""
+        ...
+
+
+def candidates(seen: Observation) -> Ints:
+    """Return the clients that may be chosen, increasing: idle, with examples and with a link to the base station."""
+    links, idle = seen.links, np.asarray(seen.idle, dtype=np.int64)
+    link = links.uplink_gain if links.fixed_uplink_rate is None else links.fixed_uplink_rate
+    return idle[(seen.fleet.num_examples[idle] > 0) & (link[idle] > 0.0)]
