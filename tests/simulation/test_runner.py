@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_world import AddOne, make_adapter, make_cell, make_model, make_runner, make_task
 
 from airtune.aggregation.mean import Mean
 from airtune.lora import AdapterSlice
 from airtune.simulation.runner import SimulatedRunner
 from airtune.types import ClientTask, Cutoff, Group, Pending, Plan, RoundOutcome
 from airtune.wireless.rate import achievable_rate
+from small_world import AddOne, make_adapter, make_cell, make_model, make_runner, make_task
 
 
 def run_round(
