@@ -51,7 +51,7 @@ class TransformerShape:
     score_every_token : the classifier is applied to every token (LLaMA and GPT-2 in transformers).
     tied : output embedding shared with the input's.
     token_types : segment embeddings.
-    input_flops : FLOPs to embed one token (ViT's patch projection; 0 for a look-up).
+    input_features : numbers in one patch that a linear layer embeds (ViT; 0 for a look-up of tokens).
     biases : linear layers have biases.
     """
 
@@ -69,7 +69,7 @@ class TransformerShape:
     score_every_token: bool = False
     tied: bool = True
     token_types: int = 0
-    input_flops: int = 0
+    input_features: int = 0
     biases: bool = True
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ class TransformerShape:
         norm = self.hidden * (2 if self.biases else 1)
         embeddings = (self.vocabulary * (1 if self.tied else 2) + self.positions + self.token_types) * self.hidden
         pooler = self.hidden * (self.hidden + 1) if self.dense_head == "frozen" else 0
-        return embeddings + self.layers * (linear + 2 * norm) + norm + pooler + self.input_flops // 2
+        return embeddings + self.layers * (linear + 2 * norm) + norm + pooler + self.input_features * self.hidden
 
 
 def module_position(name: str) -> tuple[int, str]:
@@ -177,8 +177,8 @@ def forward_flops(
     rank, length, batch = _arguments(shape, ranks, sequence_length, sequences)
     layer = 2.0 * (shape.inputs * shape.outputs).sum() + 4.0 * length * shape.heads * shape.head_size
     lora = 2.0 * (rank * (shape.inputs + shape.outputs)).sum(axis=(-2, -1))
-    per_token = shape.input_flops + shape.layers * layer + lora
-    return batch * (length * per_token + _head_forward(shape, length, head, classes))
+    patches = 2.0 * shape.input_features * shape.hidden * (length - 1.0)  # all tokens but the class token
+    return batch * (length * (shape.layers * layer + lora) + patches + _head_forward(shape, length, head, classes))
 
 
 def backward_flops(
@@ -359,7 +359,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         if vision
         else (0 if rotary else _integer(config, "max_position_embeddings", "n_positions", "n_ctx")),
         "tied": bool(config.get("tie_word_embeddings", True)),
-        "input_flops": 2 * int(config.get("num_channels", 3)) * patch**2 * hidden if vision else 0,
+        "input_features": int(config.get("num_channels", 3)) * patch**2 if vision else 0,
     }
 
 
