@@ -466,7 +466,10 @@ class LostTask:
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """What a round brought; `aggregate` sees it even if nothing arrived."""
+    """What a round brought; `aggregate` sees it even if nothing arrived.
+
+    `past_models` holds version -> model for stale updates: those that started from an earlier version.
+    """
 
     plan: Plan
     fleet: Fleet
@@ -475,6 +478,12 @@ class RoundOutcome:
     start_time: float
     end_time: float
     broadcast_bits: int = 0
+    past_models: Mapping[int, ServerModel] = field(default_factory=dict[int, ServerModel])
+
+    def start_of(self, update: ClientUpdate, current: ServerModel) -> Adapter:
+        """Return the values an update started from, in the coordinates of its `send` slice."""
+        model = current if update.model_version == current.version else self.past_models[update.model_version]
+        return update.task.send.take(model.adapter)
 
     @property
     def uplink_bits(self) -> int:

@@ -103,6 +103,7 @@ class SimulatedRunner:
             start_time=time,
             end_time=end,
             broadcast_bits=sum(group.cycles * self._broadcast_bits(group.tasks, costs) for group in plan.groups),
+            past_models=pending.models,
         )
         return outcome, _next_pending(pending, outcome, kept, models, memory)
 
