@@ -229,11 +229,11 @@ def tokenize(
 
     Parameters
     ----------
-    rows : with the columns ``text`` and, for classification, ``label``.
+    rows : with the columns ``text`` and, for sequence classification, ``label``.
     tokenizer : a transformers tokenizer with a padding token.
-    max_length : in tokens. Sequence classification cuts longer texts off. Causal language modelling ends each text with the
-        end token and cuts it into blocks of `max_length`; a last block of one token has nothing to predict and is left
-        out. Blocks of one text keep its label, and blocks never mix texts, so that a text stays with one client.
+    max_length : in tokens. Sequence classification cuts longer texts off. Causal language modelling ends each text
+        with the end token and cuts it into blocks of `max_length`; a last block of one token has nothing to predict
+        and is left out. Blocks keep the label of their text and never mix texts.
     label_names : class names in label order.
     """
     texts = cast("list[str]", rows["text"][:])
@@ -265,7 +265,7 @@ def client_batches(
     rng: np.random.Generator,
     steps: int | None = None,
     epochs: int | None = None,
-    window: int = 8,
+    window: int = 32,
 ) -> list[Indices]:
     """Return the batches of a client's local training; give either `steps` or `epochs`.
 
