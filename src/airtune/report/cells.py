@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from airtune.report.load import CompareSummary
 from airtune.report.quantities import Unit, bit_unit, digits, energy_unit, metric_text, time_unit
+from airtune.report.records import CompareSummary
 from airtune.report.tables import COSTS, MethodRow, PairedRatio, Spread, cost_of, method_rows, paired_ratios
 
 if TYPE_CHECKING:
@@ -45,10 +46,14 @@ def cost_text(row: MethodRow, cost: str, unit: Unit) -> str:
 
 
 def spread_text(found: Spread, unit: Unit) -> str:
-    """Return ``"mean ± deviation unit"``; the deviation is left out for one value."""
+    """Return ``"mean ± deviation unit"``; the deviation has two significant digits and is left out for one value."""
     if found.deviation is None:
         return unit.show(found.mean)
-    return f"{digits(found.mean / unit.factor)} ± {digits(found.deviation / unit.factor)} {unit.name}"
+    mean, deviation = found.mean / unit.factor, found.deviation / unit.factor
+    if deviation == 0:
+        return f"{digits(mean)} ± 0 {unit.name}"
+    decimals = min(9, max(0, 1 - math.floor(math.log10(deviation))))
+    return f"{mean:,.{decimals}f} ± {deviation:,.{decimals}f} {unit.name}"
 
 
 def final_text(metric: str, found: Spread | None) -> str:

@@ -7,15 +7,16 @@ The series colours are those of Okabe and Ito (distinct for colour-blind readers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from airtune.report.cells import COST_TITLES, cost_units
-from airtune.report.load import CompareSummary, Run
 from airtune.report.quantities import Unit, bit_unit, metric_text, time_unit
+from airtune.report.records import CompareSummary, Run
 from airtune.report.tables import COSTS, Paid, cost_of, method_names, method_rows, paid, paired_ratios
 
 Json = dict[str, object]
@@ -63,6 +64,18 @@ def marker(index: int) -> str:
 def axis(title: str, **more: object) -> Json:
     """Return an axis with a title."""
     return {"title": {"text": title}, **more}
+
+
+def log_axis(title: str, values: Iterable[float], **more: object) -> Json:
+    """Return a logarithmic axis over positive values with ticks at 1, 2, 5 times powers of ten, and 0.7, 1.5 near 1."""
+    found = [value for value in values if value > 0] or [1.0]
+    low, high = min(found) / 1.12, max(found) * 1.12
+    ticks = [m * 10.0**e for e in range(-12, 13) for m in (1, 2, 5)]
+    if high / low < 12:
+        ticks = sorted({*ticks, *(m * 10.0**e for e in range(-12, 13) for m in (1.5, 3, 4, 7))})
+    shown = [tick for tick in ticks if low <= tick <= high]
+    span = [math.log10(low), math.log10(high)]
+    return axis(title, type="log", range=span, tickvals=shown, ticktext=[f"{t:,.6g}" for t in shown], **more)
 
 
 def rounded(values: Sequence[float | None] | NDArray[np.float64]) -> list[float | None]:
@@ -145,7 +158,7 @@ def cost_figure(summary: CompareSummary) -> Figure:
         traces.append(_seed_dots(summary, cost, names, unit, tag))
         left = column / len(COSTS)
         layout[f"xaxis{tag}"] = axis(unit.name, domain=[left, left + 0.22], rangemode="tozero", nticks=5)
-        notes.append(_heading(COST_TITLES[cost].removesuffix(" to target"), f"x{tag}"))
+        notes.append(heading(COST_TITLES[cost].removesuffix(" to target"), f"x{tag}"))
         notes += [_missed(row.method, f"x{tag}") for row, mean in zip(rows, means, strict=True) if mean is None]
     layout["yaxis"] = {"autorange": "reversed", "showgrid": False, "type": "category", "categoryarray": names}
     layout["annotations"] = notes
@@ -185,15 +198,16 @@ def ratio_figure(summary: CompareSummary) -> Figure | None:
                 "hovertemplate": f"{method}, %{{y}}: %{{x:.3g}} times {names[0]}<extra></extra>",
             }
         )
+    ends = [end for item in ratios for end in (item.ratio, item.low, item.high) if end is not None]
     layout: Json = {
-        "xaxis": axis(f"times {names[0]} (left of 1: cheaper)", type="log", dtick="D2"),
-        "yaxis": {"autorange": "reversed", "showgrid": False},
+        "xaxis": log_axis(f"times the cost of {names[0]}", [*ends, 1.0]),
+        "yaxis": {"range": [len(COSTS) - 0.5, -0.5], "showgrid": False},
         "scattermode": "group",
         "shapes": [_line(x0=1, x1=1, y0=0, y1=1, yref="paper", dash="dot")],
         "margin": {"l": 110},
         "showlegend": True,
     }
-    caption = "Geometric mean over seeds, paired by seed; the bar is a 95 % bootstrap interval."
+    caption = "Geometric mean over seeds with its 95 % bootstrap interval. Left of 1 is cheaper."
     return Figure(f"Costs relative to {names[0]}", caption, traces, layout, 150 + 30 * len(others) * 2)
 
 
@@ -267,6 +281,7 @@ def _line_trace(
         "x": rounded(x),
         "y": rounded(y),
         "opacity": opacity,
+        "cliponaxis": False,
         "line": {"color": colour(index), "width": width},
         "marker": {"color": colour(index), "symbol": marker(index), "size": 6},
         **({"hoverinfo": "skip"} if hover == "skip" else {"hovertemplate": hover}),
@@ -309,7 +324,8 @@ def _tag(column: int) -> str:
     return "" if column == 0 else str(column + 1)
 
 
-def _heading(text: str, xref: str) -> Json:
+def heading(text: str, xref: str) -> Json:
+    """Return an annotation that stands over one panel, left-aligned with it."""
     return {
         "text": text,
         "xref": f"{xref} domain",

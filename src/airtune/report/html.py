@@ -7,6 +7,7 @@ Texts from stored files are escaped; data goes in as JSON that no text can close
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -152,6 +153,7 @@ def render(page: Page) -> str:
             for entry in page.entries
         ],
     }
+    environment.filters["unbroken"] = unbroken
     templates = resources.files("airtune.report") / "templates"
     return environment.get_template("page.html.j2").render(
         page=page,
@@ -161,6 +163,11 @@ def render(page: Page) -> str:
         plotly=Markup(plotly_script()),
         data=Markup(script_json(data)),
     )
+
+
+def unbroken(text: str) -> str:
+    """Return a text whose numbers do not part from their units at the end of a line."""
+    return re.sub(r"(?<=\d) (?=(?:%|ms|s|h|days|points|[kMGT]?bit|[mkMGT]?J)\b|%)", "\u00a0", text)
 
 
 def script_json(value: object) -> str:

@@ -1,191 +1,33 @@
 """Reading stored runs into frozen dataclasses: run.json, rounds.jsonl, timings.jsonl and compare.json.
 
 The report knows a run by these files alone. It imports no training code, so a page can be made on any machine.
-All quantities are SI: seconds, bits, joules, hertz, metres. `uplink_bits`, `downlink_bits` and `energy_j` of a line of
-rounds.jsonl belong to that round; `time_s` is cumulative.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import cast
 
 from airtune.errors import InputError
 from airtune.report.fields import Fields, read_lines, read_object
+from airtune.report.records import (
+    ClientRecord,
+    CompareRun,
+    CompareSummary,
+    Curve,
+    DroppedRecord,
+    FleetClient,
+    Round,
+    Run,
+)
 
 RUN_FILE = "run.json"
 ROUNDS_FILE = "rounds.jsonl"
 TIMINGS_FILE = "timings.jsonl"
 COMPARE_FILE = "compare.json"
 RUNS_FOLDER = "runs"
-
-
-@dataclass(frozen=True)
-class ClientRecord:
-    """What one client did in one round. A quantity that the line does not give is None.
-
-    Attributes
-    ----------
-    client : the client's number in the fleet.
-    components : trained rank components, summed over modules; depth : trained transformer layers.
-    bandwidth_hz : its part of the uplink band, Hz.
-    bits_up, bits_down : payload, bits.
-    start_s : when its work began, seconds after the round's start (optional key; negative for work in flight).
-    download_s, compute_s, upload_s, wait_s : seconds.
-    energy_j : joules of this device in this round.
-    """
-
-    client: int
-    components: float | None
-    depth: float | None
-    bandwidth_hz: float | None
-    bits_up: float | None
-    bits_down: float | None
-    start_s: float
-    download_s: float
-    compute_s: float
-    upload_s: float
-    wait_s: float
-    energy_j: float | None
-
-
-@dataclass(frozen=True)
-class DroppedRecord:
-    """One client whose work did not count in a round, and why."""
-
-    client: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Round:
-    """One line of rounds.jsonl. Round 0 is the evaluation before training.
-
-    `time_s` is cumulative fleet seconds at the round's end; bits and joules are of this round alone.
-    `accuracy` and `loss` are None in rounds that were not evaluated.
-    """
-
-    number: int
-    time_s: float
-    duration_s: float
-    cohort: tuple[int, ...]
-    arrived: tuple[int, ...]
-    dropped: tuple[DroppedRecord, ...]
-    uplink_bits: float
-    downlink_bits: float
-    energy_j: float
-    train_loss: float | None
-    accuracy: float | None
-    loss: float | None
-    clients: tuple[ClientRecord, ...]
-    diagnostics: dict[str, float]
-    notes: dict[str, object]
-
-    def value(self, metric: str) -> float | None:
-        """Return the evaluated value of ``"accuracy"`` or ``"loss"``."""
-        return self.accuracy if metric == "accuracy" else self.loss
-
-
-@dataclass(frozen=True)
-class FleetClient:
-    """One client of the fleet, from the optional list `fleet` of run.json. Absent quantities are None.
-
-    `x_m`, `y_m` : metres from the base station. `gain` : channel power gain, linear (mean over fading).
-    """
-
-    client: int
-    device: str
-    flops_per_second: float | None
-    memory_bytes: float | None
-    x_m: float | None
-    y_m: float | None
-    gain: float | None
-    examples: float | None
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A curve that a planner decided by, for example its bound over ranks; `chosen` is the x it took.
-
-    Optional key `curves` of run.json and of a plan: [{title, x_label, y_label, x: [...], y: [...], chosen}].
-    """
-
-    title: str
-    x_label: str
-    y_label: str
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    chosen: float | None
-
-
-@dataclass(frozen=True)
-class Run:
-    """One stored run.
-
-    Attributes
-    ----------
-    path : the run's folder.
-    metric, direction : ``"accuracy"`` or ``"loss"``; ``"max"`` or ``"min"``.
-    config : the resolved configuration, nested plain data.
-    final : the totals that run.json holds.
-    command : the command line that made the run (optional key `command`: a text, or a list of texts).
-    rounds : every readable line of rounds.jsonl, in order.
-    host_seconds : total host seconds by name, summed over timings.jsonl.
-    warnings : what could not be read although the run as a whole can, one sentence each.
-    """
-
-    path: Path
-    method: str
-    seed: int
-    status: str
-    metric: str
-    direction: str
-    airtune: str
-    config: dict[str, object]
-    versions: dict[str, object]
-    final: dict[str, float]
-    export: object
-    command: str | None
-    fleet: tuple[FleetClient, ...]
-    curves: tuple[Curve, ...]
-    rounds: tuple[Round, ...]
-    host_seconds: dict[str, float]
-    warnings: tuple[str, ...]
-
-    def evaluations(self, metric: str | None = None) -> tuple[tuple[Round, float], ...]:
-        """Return the rounds that evaluated a metric (default: the run's own) with their values."""
-        name = metric or self.metric
-        pairs = ((line, line.value(name)) for line in self.rounds)
-        return tuple((line, value) for line, value in pairs if value is not None)
-
-
-class CompareRun(TypedDict):
-    """One run of compare.json; seconds, bits and joules are None where the target was missed."""
-
-    method: str
-    seed: int
-    status: str
-    run_dir: str
-    time_to_target_s: float | None
-    uplink_bits_to_target: float | None
-    downlink_bits_to_target: float | None
-    energy_j_to_target: float | None
-    final_metric: float | None
-    rounds: int
-
-
-class CompareSummary(TypedDict):
-    """The content of compare.json. `target_source` is ``"given"`` or ``"default"`` (see `tables.default_target`)."""
-
-    schema: int
-    metric: str
-    direction: str
-    target: float
-    target_source: str
-    runs: list[CompareRun]
 
 
 def load_run(path: str | Path) -> Run:
@@ -237,14 +79,19 @@ def load_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 
 def run_folders(path: str | Path) -> list[Path]:
-    """Return the run folders that a path stands for: itself, or those under its ``runs/`` in order of name."""
+    """Return the run folders that a path stands for: itself, or those under its ``runs/``.
+
+    The order is that of compare.json where there is one (so that the first method stays the reference), then by name.
+    """
     folder = Path(path)
     if (folder / RUN_FILE).is_file():
         return [folder]
     found = sorted(_folders_with_run(folder / RUNS_FOLDER)) if (folder / RUNS_FOLDER).is_dir() else []
     if not found:
         raise InputError(f"{folder}: holds no run (neither {RUN_FILE} nor {RUNS_FOLDER}/*/{RUN_FILE})")
-    return found
+    summary = load_summary(folder)
+    order = {(folder / line["run_dir"]).resolve(): i for i, line in enumerate(summary["runs"])} if summary else {}
+    return sorted(found, key=lambda item: (order.get(item.resolve(), len(order)), item))
 
 
 def load_summary(path: str | Path) -> CompareSummary | None:
@@ -317,12 +164,13 @@ def _read_rounds(path: Path) -> tuple[tuple[Round, ...], tuple[str, ...]]:
 
 
 def _round(line: Fields) -> Round:
+    duration, arrived = line.number("duration_s"), line.integers("arrived")
     return Round(
         number=line.integer("round"),
         time_s=line.number("time_s"),
-        duration_s=line.number("duration_s"),
+        duration_s=duration,
         cohort=line.integers("cohort"),
-        arrived=line.integers("arrived"),
+        arrived=arrived,
         dropped=tuple(DroppedRecord(item.integer("client"), item.text("reason")) for item in line.objects("dropped")),
         uplink_bits=line.number("uplink_bits"),
         downlink_bits=line.number("downlink_bits"),
@@ -330,25 +178,30 @@ def _round(line: Fields) -> Round:
         train_loss=line.maybe_number("train_loss"),
         accuracy=line.maybe_number("accuracy"),
         loss=line.maybe_number("loss"),
-        clients=tuple(_client(item) for item in line.objects("clients")),
+        clients=tuple(_client(item, duration, arrived) for item in line.objects("clients")),
         diagnostics=line.numbers_of("diagnostics"),
         notes=line.mapping("notes", required=False),
     )
 
 
-def _client(item: Fields) -> ClientRecord:
+def _client(item: Fields, duration: float, arrived: tuple[int, ...]) -> ClientRecord:
+    client, start = item.integer("client"), item.maybe_number("start_s")
+    seconds = [item.number(name) for name in ("download_s", "compute_s", "upload_s", "wait_s")]
+    if start is None:
+        start = duration - sum(seconds) if client in arrived and sum(seconds[:3]) > 0 else 0.0
+        start = 0.0 if abs(start) < 1e-6 * duration else start
     return ClientRecord(
-        client=item.integer("client"),
+        client=client,
         components=item.maybe_number("components"),
         depth=item.maybe_number("depth"),
         bandwidth_hz=item.maybe_number("bandwidth_hz"),
         bits_up=item.maybe_number("bits_up"),
         bits_down=item.maybe_number("bits_down"),
-        start_s=item.maybe_number("start_s") or 0.0,
-        download_s=item.number("download_s"),
-        compute_s=item.number("compute_s"),
-        upload_s=item.number("upload_s"),
-        wait_s=item.number("wait_s"),
+        start_s=start,
+        download_s=seconds[0],
+        compute_s=seconds[1],
+        upload_s=seconds[2],
+        wait_s=seconds[3],
         energy_j=item.maybe_number("energy_j"),
     )
 

@@ -9,9 +9,11 @@ from airtune.errors import InputError
 from airtune.report.cells import COST_TITLES, cost_text, cost_units, final_text, ratio_text, target_sentence
 from airtune.report.figures import Figure, cost_figure, learning_figure, ratio_figure
 from airtune.report.html import Chooser, Code, Entry, FigureSlot, Page, RoundView, Section, Table, Tile, write_page
-from airtune.report.load import CompareSummary, Run, load_runs, load_summary
+from airtune.report.load import load_runs, load_summary
 from airtune.report.quantities import bit_unit, digits, energy_unit, metric_text, time_unit
-from airtune.report.run_figures import round_view, run_figures
+from airtune.report.records import CompareSummary, Run
+from airtune.report.round_view import round_view
+from airtune.report.run_figures import run_figures
 from airtune.report.run_tables import (
     configuration,
     device_table,
@@ -25,6 +27,7 @@ from airtune.report.run_tables import (
 from airtune.report.tables import (
     COSTS,
     MethodRow,
+    PairedRatio,
     best_value,
     compare_summary,
     final_value,
@@ -239,7 +242,7 @@ def _run_sections(runs: Sequence[Run], summary: CompareSummary | None = None) ->
     dropped = [table for i, run in enumerate(runs) for table in dropped_tables(run, each(i))]
     curves = sorted(key for key in have if key.startswith("curve_"))
     cell = [*slots("cell", "rates"), *(device_table(run, each(i)) for i, run in enumerate(runs) if run.fleet)]
-    planner = [*slots(*curves), *slots("diagnostics", wide=True)]
+    planner = [*slots(*curves), *slots("notes", "diagnostics", wide=True)]
     repeat = [Code("Command", repeat_command(runs, summary))]
     for i, run in enumerate(runs):
         host = [host_table(run)] if run.host_seconds else []
@@ -284,7 +287,13 @@ def _ratio_table(summary: CompareSummary) -> Table:
         [method, *(ratio_text(item) for cost in COSTS for item in ratios if (item.method, item.cost) == (method, cost))]
         for method in dict.fromkeys(item.method for item in ratios)
     ]
-    return Table(headings, rows, f"Times {ratios[0].reference}, paired by seed [95 % bootstrap interval]")
+    return Table(headings, rows, _ratio_caption(ratios))
+
+
+def _ratio_caption(ratios: Sequence[PairedRatio]) -> str:
+    pairs = min(item.pairs for item in ratios)
+    rough = "; with so few seeds the interval is a rough guide" if 1 < pairs < 5 else ""
+    return f"Cost over that of {ratios[0].reference}, paired by seed [95 % bootstrap interval{rough}]"
 
 
 def _compare_lead(runs: Sequence[Run], summary: CompareSummary) -> str:

@@ -1,32 +1,17 @@
 """plan.html: the picture of what `airtune plan` predicts, before anything is trained.
 
-A plan is one object of ``airtune plan --json``::
-
-    {schema, method,
-     predicted: {rounds, round_s, total_s, uplink_bits, energy_j},
-     clients: [{client, probability, rank | components, depth, keep_ratio, bandwidth_hz, compute_s, upload_s}],
-     solver: {status, objective, iterations, branch, gap},
-     notes}
-
-Optional keys that this page shows when they are there:
-
-* ``clients[]``: ``device`` (text), ``download_s``, ``energy_j`` (joules of one round), ``rate_bps`` (uplink, bit/s),
-  ``x_m``, ``y_m`` (metres from the base station), ``gain_db`` (channel power gain, dB);
-* ``sweep``: [{field, value}], the swept fields of this plan; the plans of a sweep are given together, in order;
-* ``curves``: [{title, x_label, y_label, x: [...], y: [...], chosen}], what a planner decided by (a bound over ranks).
+The JSON is described in `plan_view`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from airtune.errors import InputError
-from airtune.report.fields import Fields
-from airtune.report.figures import Figure, Json, axis, colour, marker, rounded
+from airtune.report.figures import Json, rounded
 from airtune.report.html import (
     Block,
     Chooser,
@@ -40,64 +25,13 @@ from airtune.report.html import (
     Tile,
     write_page,
 )
-from airtune.report.load import ClientRecord, Curve, FleetClient, read_curve
-from airtune.report.quantities import Unit, bit_unit, digits, energy_unit, frequency_unit, time_unit
-from airtune.report.run_figures import (
-    CLIENTS_IN_VIEW,
-    busy,
-    cell_figure,
-    client_columns,
-    curve_figure,
-    rate_figure,
-    spaced,
-)
+from airtune.report.plan_figures import QUANTITIES, plan_figures, predicted_unit, sweep_figure
+from airtune.report.plan_view import PlannedClient, PlanView, read_plan
+from airtune.report.quantities import digits, time_unit
+from airtune.report.round_view import CLIENTS_IN_VIEW, busy, client_columns
 from airtune.report.run_tables import flat
 
 PLAN_FILE = "plan.html"
-_QUANTITIES = {
-    "round_s": ("One round", time_unit),
-    "total_s": ("Until the end", time_unit),
-    "uplink_bits": ("Uplink", bit_unit),
-    "energy_j": ("Energy", energy_unit),
-}
-_PROFILE_POINTS = 400
-
-
-@dataclass(frozen=True)
-class PlannedClient:
-    """One client of a plan: its part in a round, and where it stands.
-
-    `probability` : of being asked in a round. `keep_ratio` : share of components sent. `rate_bps` : bit/s.
-    """
-
-    record: ClientRecord
-    place: FleetClient
-    probability: float | None
-    keep_ratio: float | None
-    rate_bps: float | None
-
-
-@dataclass(frozen=True)
-class PlanView:
-    """One plan as the page shows it; `predicted` holds SI values by the names of the JSON."""
-
-    method: str
-    predicted: dict[str, float]
-    clients: tuple[PlannedClient, ...]
-    solver: dict[str, object]
-    notes: object
-    sweep: tuple[tuple[str, str], ...]
-    curves: tuple[Curve, ...]
-
-    @property
-    def name(self) -> str:
-        """The method and, in a sweep, the swept value."""
-        return f"{self.method}, {self.point}" if self.sweep else self.method
-
-    @property
-    def point(self) -> str:
-        """The swept values as text."""
-        return ", ".join(value for _, value in self.sweep)
 
 
 def write_plan_page(out_dir: str | Path, plans: Sequence[Mapping[str, object]]) -> Path:
@@ -134,157 +68,15 @@ def plan_page(plans: Sequence[Mapping[str, object]]) -> Page:
     )
 
 
-def read_plan(plan: Mapping[str, object], where: str) -> PlanView:
-    """Return one object of ``airtune plan --json`` as a typed view; errors name `where` and the key."""
-    head = Fields(where, plan)
-    return PlanView(
-        method=head.text("method"),
-        predicted=head.numbers_of("predicted"),
-        clients=tuple(_client(item) for item in head.objects("clients")),
-        solver=head.mapping("solver", required=False),
-        notes=plan.get("notes"),
-        sweep=tuple(
-            (item.text("field"), str(item.values.get("value"))) for item in head.objects("sweep", required=False)
-        ),
-        curves=tuple(read_curve(item) for item in head.objects("curves", required=False)),
-    )
-
-
-def plan_figures(view: PlanView) -> dict[str, Figure]:
-    """Return every figure that a plan's data allows."""
-    rates = [client.rate_bps for client in view.clients if client.rate_bps]
-    found: dict[str, Figure | None] = {
-        "profile": profile_figure(view.clients),
-        "band": band_figure(view.clients),
-        "cell": cell_figure([client.place for client in view.clients]),
-        "rates": rate_figure({"uplink": rates}),
-    }
-    found |= {f"curve_{index}": curve_figure(curve) for index, curve in enumerate(view.curves)}
-    return {name: figure for name, figure in found.items() if figure is not None}
-
-
-def profile_figure(clients: Sequence[PlannedClient]) -> Figure | None:
-    """Return every client's seconds, stacked and sorted: readable for any size of fleet. None below two clients."""
-    if len(clients) < 2:
-        return None
-    records = spaced(sorted((client.record for client in clients), key=busy), _PROFILE_POINTS)
-    unit = time_unit(busy(record) for record in records)
-    share = np.linspace(0, 100, len(records))
-    traces: list[Json] = []
-    for name in ("download", "compute", "upload"):
-        seconds = [float(getattr(record, f"{name}_s")) / unit.factor for record in records]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": name.capitalize(),
-                "stackgroup": "seconds",
-                "x": rounded(share),
-                "y": rounded(seconds),
-                "line": {"width": 0.5, "color": f"var(--stage-{name})"},
-                "fillcolor": f"var(--stage-{name})",
-                "hovertemplate": f"{name} %{{y:.3g}} {unit.name}<extra></extra>",
-            }
-        )
-    layout: Json = {
-        "xaxis": axis("Clients, fastest to slowest, %", showgrid=False),
-        "yaxis": axis(f"Seconds of a round, {unit.name}" if unit.name != "s" else "Time in a round, s"),
-        "showlegend": True,
-        "hovermode": "x unified",
-    }
-    return Figure("Where the time goes", f"All {len(clients):,} clients, sorted by when they are done.", traces, layout)
-
-
-def band_figure(clients: Sequence[PlannedClient]) -> Figure | None:
-    """Return how the uplink band is split: clients from the widest to the narrowest share."""
-    widths = sorted((client.record.bandwidth_hz or 0.0 for client in clients), reverse=True)
-    if not any(widths):
-        return None
-    unit = frequency_unit(widths)
-    shown = spaced(widths, _PROFILE_POINTS)
-    positions = [1 + round(i * (len(widths) - 1) / max(1, len(shown) - 1)) for i in range(len(shown))]
-    few = len(widths) <= CLIENTS_IN_VIEW
-    trace: Json = {
-        **({"type": "bar"} if few else {"type": "scatter", "mode": "lines", "fill": "tozeroy"}),
-        "x": positions,
-        "y": rounded([width / unit.factor for width in shown]),
-        "marker": {"color": "var(--series-1)"},
-        "line": {"color": "var(--series-1)"} if not few else {},
-        "hovertemplate": f"%{{y:.3g}} {unit.name}<extra></extra>",
-    }
-    if few:
-        trace.pop("line")
-    total = sum(widths)
-    layout: Json = {
-        "xaxis": axis("Clients, widest share first", showgrid=False),
-        "yaxis": axis(f"Bandwidth, {unit.name}", rangemode="tozero"),
-    }
-    caption = f"{frequency_unit([total]).show(total)} over {len(widths):,} clients."
-    return Figure("How the band is split", caption, [trace], layout)
-
-
-def sweep_figure(views: Sequence[PlanView]) -> Figure | None:
-    """Return what a sweep changes: one panel a predicted quantity, one line a method; None without a sweep."""
-    swept = [view for view in views if view.sweep]
-    quantities = [key for key in _QUANTITIES if any(key in view.predicted for view in swept)]
-    if not swept or not quantities:
-        return None
-    methods = list(dict.fromkeys(view.method for view in swept))
-    points = list(dict.fromkeys(view.point for view in swept))
-    layout: Json = {"showlegend": len(methods) > 1, "margin": {"t": 60, "l": 40}, "legend": {"y": 1.12}}
-    traces: list[Json] = []
-    notes: list[Json] = []
-    for column, key in enumerate(quantities):
-        tag = "" if column == 0 else str(column + 1)
-        unit = _predicted_unit(swept, key)
-        left, width = column / len(quantities), 1 / len(quantities) - 0.06
-        fields = " and ".join(dict.fromkeys(field for field, _ in swept[0].sweep))
-        layout[f"xaxis{tag}"] = axis(
-            fields if column == 0 else "", type="category", categoryarray=points, domain=[left, left + width]
-        )
-        layout[f"yaxis{tag}"] = {"anchor": f"x{tag}", "rangemode": "tozero"}
-        notes.append(
-            {
-                "text": f"{_QUANTITIES[key][0]}, {unit.name}",
-                "xref": f"x{tag} domain",
-                "yref": "paper",
-                "x": 0,
-                "y": 1,
-                "yanchor": "bottom",
-                "xanchor": "left",
-                "yshift": 6,
-                "showarrow": False,
-                "font": {"color": "var(--ink)", "size": 13},
-            }
-        )
-        for index, method in enumerate(methods):
-            mine = [view for view in swept if view.method == method and key in view.predicted]
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines+markers",
-                    "name": method,
-                    "legendgroup": method,
-                    "showlegend": column == 0,
-                    "x": [view.point for view in mine],
-                    "y": rounded([view.predicted[key] / unit.factor for view in mine]),
-                    "xaxis": f"x{tag}",
-                    "yaxis": f"y{tag}",
-                    "line": {"color": colour(index), "width": 2},
-                    "marker": {"symbol": marker(index), "size": 8},
-                    "hovertemplate": f"{method}, %{{x}}: %{{y:.4g}} {unit.name}<extra></extra>",
-                }
-            )
-    layout["annotations"] = notes
-    return Figure("Sweep", "Predicted by the planner for each value.", traces, layout, 360)
-
-
 def plan_headline(views: Sequence[PlanView]) -> str:
     """Return what is predicted in one sentence: seconds of a round and in all, the fastest first."""
     if views[0].sweep and len(views) > 1:
-        ends = [views[0], views[-1]]
-        texts = [f"{view.name}: {_seconds(view, 'round_s')} a round" for view in ends]
-        return " … ".join(texts)
+        fields = " and ".join(field for field, _ in views[0].sweep)
+        texts: list[str] = []
+        for method in dict.fromkeys(view.method for view in views):
+            mine = [view for view in views if view.method == method]
+            texts.append(f"{method} from {_seconds(mine[0], 'round_s')} to {_seconds(mine[-1], 'round_s')} a round")
+        return f"{fields} from {views[0].point} to {views[-1].point}: {'; '.join(texts[:4])}"
     ranked = sorted(views, key=lambda view: view.predicted.get("total_s", view.predicted.get("round_s", np.inf)))
     texts = [f"{view.name} needs {_seconds(view, 'round_s')} a round" + _in_all(view) for view in ranked[:4]]
     return "; ".join(texts)
@@ -316,7 +108,7 @@ def _lead(views: Sequence[PlanView]) -> str:
 def _tiles(view: PlanView) -> list[Tile]:
     tiles = [
         Tile(title, unit([view.predicted[key]]).show(view.predicted[key]), "predicted")
-        for key, (title, unit) in _QUANTITIES.items()
+        for key, (title, unit) in QUANTITIES.items()
         if key in view.predicted
     ]
     if "rounds" in view.predicted:
@@ -335,22 +127,18 @@ def _banners(views: Sequence[PlanView]) -> list[str]:
 
 
 def _plans_table(views: Sequence[PlanView]) -> Table:
-    keys = [key for key in _QUANTITIES if any(key in view.predicted for view in views)]
-    units = {key: _predicted_unit(views, key) for key in keys}
+    keys = [key for key in QUANTITIES if any(key in view.predicted for view in views)]
+    units = {key: predicted_unit(views, key) for key in keys}
     rows = [
         [
             view.name,
-            digits(view.predicted["rounds"]) if "rounds" in view.predicted else "-",
+            f"{view.predicted['rounds']:,.0f}" if "rounds" in view.predicted else "-",
             *(units[key].show(view.predicted[key]) if key in view.predicted else "-" for key in keys),
             str(view.solver.get("status", "-")),
         ]
         for view in views
     ]
-    return Table(["Plan", "Rounds", *(_QUANTITIES[key][0] for key in keys), "Solver"], rows)
-
-
-def _predicted_unit(views: Sequence[PlanView], key: str) -> Unit:
-    return _QUANTITIES[key][1]([view.predicted[key] for view in views if key in view.predicted])
+    return Table(["Plan", "Rounds", *(QUANTITIES[key][0] for key in keys), "Solver"], rows)
 
 
 def _sections(views: Sequence[PlanView]) -> list[Section]:
@@ -399,40 +187,19 @@ def _view(view: PlanView) -> Json:
                 "predicted_s": None,
                 "of_clients": len(asked),
                 "device": [client.place.device for client in slowest],
+                "titles": {"components": "Rank"} if all(client.is_rank for client in slowest) else {},
                 **client_columns([client.record for client in slowest]),
+                **_shares(slowest),
             }
         ],
     }
 
 
-def _client(item: Fields) -> PlannedClient:
-    gain_db = item.maybe_number("gain_db")
-    number = item.integer("client")
-    components = item.maybe_number("components")
-    record = ClientRecord(
-        client=number,
-        components=item.maybe_number("rank") if components is None else components,
-        depth=item.maybe_number("depth"),
-        bandwidth_hz=item.maybe_number("bandwidth_hz"),
-        bits_up=None,
-        bits_down=None,
-        start_s=0.0,
-        download_s=item.maybe_number("download_s") or 0.0,
-        compute_s=item.maybe_number("compute_s") or 0.0,
-        upload_s=item.maybe_number("upload_s") or 0.0,
-        wait_s=0.0,
-        energy_j=item.maybe_number("energy_j"),
-    )
-    place = FleetClient(
-        client=number,
-        device=item.text("device", ""),
-        flops_per_second=None,
-        memory_bytes=None,
-        x_m=item.maybe_number("x_m"),
-        y_m=item.maybe_number("y_m"),
-        gain=None if gain_db is None else 10 ** (gain_db / 10),
-        examples=None,
-    )
-    return PlannedClient(
-        record, place, item.maybe_number("probability"), item.maybe_number("keep_ratio"), item.maybe_number("rate_bps")
-    )
+def _shares(clients: Sequence[PlannedClient]) -> Json:
+    """Return probability and keep ratio where some client's differs from 1."""
+    found: Json = {}
+    for name in ("probability", "keep_ratio"):
+        values: list[float | None] = [getattr(client, name) for client in clients]
+        if any(value is not None and value != 1 for value in values):
+            found[name] = rounded(values)
+    return found

@@ -1,21 +1,19 @@
-"""Figures of one run: rounds, participation, energy, the cell, rates, diagnostics; and the data of its round view."""
+"""Figures of one run: rounds, participation, energy, the cell, rates, diagnostics."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from airtune.report.figures import Figure, Json, axis, colour, marker, rounded
-from airtune.report.load import ClientRecord, Curve, FleetClient, Round, Run
+from airtune.report.figures import Figure, Json, axis, colour, log_axis, marker, rounded
 from airtune.report.quantities import decibel, digits, energy_unit, rate_unit, time_unit
+from airtune.report.records import Curve, FleetClient, Round, Run
+from airtune.report.round_view import spaced
 
-Item = TypeVar("Item")
-ROUNDS_IN_VIEW = 400
-CLIENTS_IN_VIEW = 60
 POINTS_ON_MAP = 3000
 BARS = 40
+PANELS = 8
 _LINES_FROM = 150
 
 
@@ -29,7 +27,16 @@ def run_figures(run: Run) -> dict[str, Figure]:
         "energy_devices": energy_device_figure(run),
         "cell": cell_figure(run.fleet),
         "rates": rate_figure(achieved_rates(trained)),
-        "diagnostics": diagnostics_figure(trained),
+        "diagnostics": panels_figure(
+            "Aggregation diagnostics",
+            "Measured at the server, for example the covariance that averaging A and B apart neglects.",
+            [(line.number, line.diagnostics) for line in trained],
+        ),
+        "notes": panels_figure(
+            "What the planner noted",
+            "Numbers that the method recorded with its plans.",
+            [(line.number, changing) for line, changing in zip(trained, _numeric_notes(trained), strict=True)],
+        ),
     }
     found |= {f"curve_{i}": curve_figure(curve) for i, curve in enumerate(run.curves)}
     return {name: figure for name, figure in found.items() if figure is not None}
@@ -96,6 +103,7 @@ def participation_figure(trained: Sequence[Round]) -> Figure | None:
             }
         )
     layout: Json = {"xaxis": axis("Round"), "yaxis": axis("Clients"), "barmode": "stack", "showlegend": True}
+    layout["legend"] = {"traceorder": "normal"}
     return Figure("Who arrived", "", traces, layout, 280)
 
 
@@ -105,7 +113,7 @@ def energy_round_figure(trained: Sequence[Round]) -> Figure | None:
         return None
     joules = np.array([line.energy_j for line in trained])
     unit = energy_unit(joules)
-    trace = _series("energy", [line.number for line in trained], joules / unit.factor, unit.name, "var(--series-3)")
+    trace = _series("energy", [line.number for line in trained], joules / unit.factor, unit.name, "var(--series-6)")
     layout: Json = {"xaxis": axis("Round"), "yaxis": axis(f"Energy of a round, {unit.name}", rangemode="tozero")}
     return Figure("Energy by round", "All devices together, work that was dropped included.", [trace], layout, 280)
 
@@ -180,10 +188,14 @@ def cell_figure(fleet: Sequence[FleetClient]) -> Figure | None:
             "colorscale": "Cividis",
             "cmin": float(np.floor(min(gains))),
             "cmax": float(np.ceil(max(gains))),
-            "colorbar": {"title": {"text": "Gain, dB", "side": "right"}, "thickness": 10, "outlinewidth": 0},
+            "colorbar": {
+                "title": {"text": "Gain, dB", "side": "right", "font": {"size": 12, "color": "var(--muted)"}},
+                "thickness": 10,
+                "outlinewidth": 0,
+            },
         }
     more = f" {len(shown):,} of {len(placed):,} clients are shown." if len(shown) < len(placed) else ""
-    caption = f"Colour: channel power gain without fast fading. Marker: device.{more}"
+    caption = f"Colour: channel power gain. Marker: device.{more}"
     return Figure("The cell", caption, traces, layout, 430)
 
 
@@ -217,23 +229,28 @@ def rate_figure(rates: dict[str, list[float]]) -> Figure | None:
             }
         )
     layout: Json = {
-        "xaxis": axis(f"Rate, {unit.name}", type="log", dtick=1, minor={"dtick": "D1", "showgrid": False}),
+        "xaxis": log_axis(f"Rate, {unit.name}", [float(v[i]) / unit.factor for v in found.values() for i in (0, -1)]),
         "yaxis": axis("Transfers below, %", range=[0, 100]),
         "showlegend": True,
     }
     return Figure("Rates of the links", "Bits over seconds of each transfer.", traces, layout, 430)
 
 
-def diagnostics_figure(trained: Sequence[Round]) -> Figure | None:
-    """Return each number of `diagnostics` over rounds, one panel a name (aggregation covariance, for example)."""
-    names = sorted({name for line in trained for name in line.diagnostics})
+def panels_figure(title: str, caption: str, rounds: Sequence[tuple[int, Mapping[str, float]]]) -> Figure | None:
+    """Return named numbers over rounds, one panel a name, at most `PANELS`; None where there is no number."""
+    names = sorted({name for _, values in rounds for name in values})
     if not names:
         return None
+    shown = names[:PANELS]
+    rows = (len(shown) + 1) // 2
     traces: list[Json] = []
-    layout: Json = {"showlegend": False, "grid": {"rows": len(names), "columns": 1, "pattern": "independent"}}
-    for index, name in enumerate(names):
+    layout: Json = {
+        "showlegend": False,
+        "grid": {"rows": rows, "columns": min(2, len(shown)), "pattern": "independent"},
+    }
+    for index, name in enumerate(shown):
         tag = "" if index == 0 else str(index + 1)
-        pairs = [(line.number, line.diagnostics[name]) for line in trained if name in line.diagnostics]
+        pairs = [(number, values[name]) for number, values in rounds if name in values]
         traces.append(
             {
                 "type": "scatter",
@@ -243,15 +260,15 @@ def diagnostics_figure(trained: Sequence[Round]) -> Figure | None:
                 "y": rounded([value for _, value in pairs]),
                 "xaxis": f"x{tag}",
                 "yaxis": f"y{tag}",
-                "line": {"color": colour(index), "width": 2},
+                "line": {"color": colour(0), "width": 2},
                 "marker": {"size": 5},
                 "hovertemplate": f"{name}, round %{{x}}: %{{y:.4g}}<extra></extra>",
             }
         )
-        layout[f"xaxis{tag}"] = axis("Round" if index == len(names) - 1 else "")
+        layout[f"xaxis{tag}"] = axis("Round")
         layout[f"yaxis{tag}"] = axis(name.replace("_", " "), rangemode="tozero")
-    caption = "Measured at the server each round, for example the covariance that averaging A and B apart neglects."
-    return Figure("Aggregation diagnostics", caption, traces, layout, 90 + 190 * len(names))
+    more = f" {PANELS} of {len(names)} are shown." if len(names) > PANELS else ""
+    return Figure(title, caption + more, traces, layout, 70 + 200 * rows)
 
 
 def curve_figure(curve: Curve) -> Figure:
@@ -272,61 +289,26 @@ def curve_figure(curve: Curve) -> Figure:
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": f"chosen: {digits(curve.chosen)}",
+                "name": f"chosen: {curve.chosen:g}",
                 "x": rounded([curve.chosen]),
                 "y": rounded([curve.y[nearest]]),
-                "marker": {"color": colour(3), "size": 13, "symbol": "circle-open", "line": {"width": 3}},
+                "marker": {"color": colour(1), "size": 13, "symbol": "circle-open", "line": {"width": 3}},
             }
         )
     layout: Json = {"xaxis": axis(curve.x_label), "yaxis": axis(curve.y_label), "showlegend": len(traces) > 1}
     return Figure(curve.title, "", traces, layout, 300)
 
 
-def round_view(run: Run, share: int = 1) -> Json:
-    """Return the data of the round view: the rounds that can be selected, column by column.
-
-    At most `ROUNDS_IN_VIEW` / `share` evenly spaced rounds (first and last included) and, in each, the
-    `CLIENTS_IN_VIEW` clients that took longest; `of_rounds` and `of_clients` tell how many there are.
-    """
-    trained = [line for line in run.rounds if line.clients]
-    shown = spaced(trained, max(10, ROUNDS_IN_VIEW // share))
-    devices = {item.client: item.device for item in run.fleet}
-    return {"of_rounds": len(trained), "rounds": [_round_json(line, devices) for line in shown]}
-
-
-def client_columns(rows: Sequence[ClientRecord]) -> Json:
-    """Return clients' quantities column by column; a column that no client has is left out."""
-    columns: Json = {"client": [row.client for row in rows]}
-    for name in ("start_s", "download_s", "compute_s", "upload_s", "wait_s"):
-        columns[name] = rounded([float(getattr(row, name)) for row in rows])
-    for name in ("bandwidth_hz", "components", "depth", "energy_j", "bits_up", "bits_down"):
-        values: list[float | None] = [getattr(row, name) for row in rows]
-        if any(value is not None for value in values):
-            columns[name] = rounded(values)
-    return columns
-
-
-def busy(row: ClientRecord) -> float:
-    """Return when a client was done, seconds after the round's start."""
-    return row.start_s + row.download_s + row.compute_s + row.upload_s
-
-
-def _round_json(line: Round, devices: dict[int, str]) -> Json:
-    slowest = sorted(line.clients, key=lambda row: (busy(row), row.client))[-CLIENTS_IN_VIEW:]
-    predicted = line.notes.get("predicted_s")
-    return {
-        "round": line.number,
-        "duration_s": line.duration_s,
-        "time_s": line.time_s,
-        "cohort": len(line.cohort),
-        "arrived": len(line.arrived),
-        "dropped": [{"client": item.client, "reason": item.reason} for item in line.dropped[:CLIENTS_IN_VIEW]],
-        "lost": len(line.dropped),
-        "predicted_s": predicted if isinstance(predicted, int | float) else None,
-        "of_clients": len(line.clients),
-        "device": [devices.get(row.client, "") for row in slowest],
-        **client_columns(slowest),
-    }
+def _numeric_notes(trained: Sequence[Round]) -> list[dict[str, float]]:
+    """Return each round's numbers among the planner's notes, without the prediction, which has its own plot."""
+    return [
+        {
+            name: float(value)
+            for name, value in line.notes.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and name != "predicted_s"
+        }
+        for line in trained
+    ]
 
 
 def _series(name: str, x: Sequence[int], y: Sequence[float] | np.ndarray, unit: str, tint: str) -> Json:
@@ -371,10 +353,3 @@ def _facts(item: FleetClient) -> str:
     if item.examples is not None:
         facts.append(f"{item.examples:.0f} examples")
     return ", ".join(facts)
-
-
-def spaced(items: Sequence[Item], most: int) -> list[Item]:
-    """Return at most `most` items, evenly spaced, the first and the last included."""
-    if len(items) <= most:
-        return list(items)
-    return [items[int(i)] for i in np.unique(np.linspace(0, len(items) - 1, most).round())]

@@ -10,11 +10,12 @@ from typing import cast
 import numpy as np
 
 from airtune.report.html import Block, Details, Table
-from airtune.report.load import CompareSummary, FleetClient, Run
 from airtune.report.quantities import digits, flops_unit
+from airtune.report.records import CompareSummary, DroppedRecord, FleetClient, Run
 from airtune.report.tables import method_names
 
-DROPPED_SHOWN = 200
+DROPPED_SHOWN = 20
+_ROUNDS_LISTED = 24
 
 
 def first_value(run: Run) -> float | None:
@@ -31,20 +32,24 @@ def gain_text(metric: str, direction: str, start: float, end: float, *, short: b
 
 
 def dropped_tables(run: Run, entry: int | None) -> list[Table]:
-    """Return one table of who was dropped or late, when and why; none where everybody arrived."""
-    lost = [(line.number, item) for line in run.rounds for item in line.dropped]
+    """Return one table of who was dropped or late, why, and in which rounds; none where everybody arrived."""
+    lost = [(item, line.number) for line in run.rounds for item in line.dropped]
     if not lost:
         return []
     devices = {item.client: item.device for item in run.fleet}
-    reasons = Counter(item.reason for _, item in lost)
-    counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
+    rounds: dict[DroppedRecord, list[int]] = {}
+    for item, number in lost:
+        rounds.setdefault(item, []).append(number)
+    ranked = sorted(rounds, key=lambda item: (-len(rounds[item]), item.client, item.reason))
     rows = [
-        [f"{number}", f"{item.client}", devices.get(item.client, "-"), item.reason]
-        for number, item in lost[:DROPPED_SHOWN]
+        [f"{item.client}", devices.get(item.client, "-"), item.reason, f"{len(rounds[item])}", _listed(rounds[item])]
+        for item in ranked[:DROPPED_SHOWN]
     ]
-    more = f"; the first {DROPPED_SHOWN} are listed" if len(lost) > DROPPED_SHOWN else ""
-    caption = f"Dropped or late, {len(lost):,} in all ({counts}{more})"
-    return [Table(["Round", "Client", "Device", "Reason"], rows, caption, align="left", entry=entry)]
+    more = f"; the {DROPPED_SHOWN} most frequent are listed" if len(ranked) > DROPPED_SHOWN else ""
+    reasons = Counter(item.reason for item, _ in lost)
+    counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common())
+    caption = f"Dropped or late: {len(lost):,} in all ({counts}{more})"
+    return [Table(["Client", "Device", "Reason", "Times", "Rounds"], rows, caption, align="left", entry=entry)]
 
 
 def device_table(run: Run, entry: int | None) -> Table:
@@ -105,6 +110,11 @@ def _device_cells(items: Sequence[FleetClient]) -> list[str]:
         f"{digits(float(np.median(memories)) / 2**30)} GiB" if memories else "-",
         f"{sum(examples):,.0f}" if examples else "-",
     ]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    text = ", ".join(str(number) for number in numbers[:_ROUNDS_LISTED])
+    return text if len(numbers) <= _ROUNDS_LISTED else f"{text}, ..."
 
 
 def flat(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:

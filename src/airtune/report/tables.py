@@ -24,7 +24,8 @@ import numpy as np
 
 from airtune.errors import InputError
 from airtune.report.files import write_text
-from airtune.report.load import COMPARE_FILE, CompareRun, CompareSummary, Run
+from airtune.report.load import COMPARE_FILE
+from airtune.report.records import CompareRun, CompareSummary, Run
 from airtune.streams import stream
 
 SCHEMA = 1

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from airtune.errors import InputError
-from airtune.report.load import Round, load_run
+from airtune.report.load import load_run
+from airtune.report.records import Round
 from airtune.report.tables import Paid, paid
 
 FOLDER = "tensorboard"

@@ -2,7 +2,7 @@
 (function () {
   "use strict";
   const page = JSON.parse(document.getElementById("airtune-data").textContent);
-  const settings = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  const settings = { displaylogo: false, responsive: true, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
   const state = { entry: 0, round: null };
   const drawn = new Map();
 
@@ -39,6 +39,7 @@
       margin: { l: 56, r: 14, t: 30, b: 46 }, hovermode: "closest", separators: ".,",
       hoverlabel: { bgcolor: "var(--hover)", bordercolor: "var(--hair)", font: { color: "var(--ink)", size: 13 } },
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: "var(--ink-2)", size: 12 } },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: "var(--muted)", activecolor: "var(--ink)" },
       bargap: 0.25, xaxis: {}, yaxis: {},
     };
     const layout = merged(base, figure.layout);
@@ -87,6 +88,7 @@
   const columns = [
     ["bandwidth_hz", "Bandwidth", "Hz", "var(--series-1)"], ["components", "Rank components", "", "var(--series-3)"],
     ["depth", "Layers trained", "", "var(--series-8)"], ["energy_j", "Energy", "J", "var(--series-6)"],
+    ["probability", "Probability", "", "var(--series-5)"], ["keep_ratio", "Share kept", "", "var(--series-4)"],
   ];
 
   function heading(text, xref) {
@@ -99,15 +101,20 @@
   }
 
   function roundFigure(round) {
-    const labels = round.client.map((client, i) => `${client}` + (round.device[i] ? `  ${round.device[i]}` : ""));
+    const seen = new Map(); // a client may return work of an earlier round beside that of this one
+    const labels = round.client.map((client, i) => {
+      const times = (seen.get(client) || 0) + 1;
+      seen.set(client, times);
+      return `${client}` + (times > 1 ? ` (${times})` : "") + (round.device[i] ? `  ${round.device[i]}` : "");
+    });
     const shown = columns.filter(([key]) => round[key]);
-    const width = 0.115, gap = 0.022, main = 1 - shown.length * (width + gap);
+    const width = Math.min(0.115, 0.5 / Math.max(1, shown.length)), gap = 0.022, main = 1 - shown.length * (width + gap);
     const data = [], notes = [heading("Timeline, s", "x")];
     const layout = {
-      barmode: "overlay", margin: { l: 90, t: 56, b: 34, r: 10 }, shapes: [upright(round.duration_s, "dot")],
+      barmode: "overlay", margin: { l: 90, t: 34, b: 34, r: 10 }, shapes: [upright(round.duration_s, "dot")],
       xaxis: { domain: [0, main], rangemode: "tozero" },
       yaxis: { type: "category", categoryorder: "array", categoryarray: labels, showgrid: false },
-      legend: { y: 1, yanchor: "bottom", x: 0, yref: "container" },
+      showlegend: false,
     };
     if (round.predicted_s !== null) layout.shapes.push(upright(round.predicted_s, "dash"));
     const start = round.start_s.slice();
@@ -124,7 +131,8 @@
         xaxis: "x" + tag, marker: { color }, showlegend: false,
         hovertemplate: `client %{y}<br>${name.toLowerCase()} %{x:.4g} ${scale.name}<extra></extra>` });
       layout["xaxis" + tag] = { domain: [left, left + width], rangemode: "tozero", nticks: 4, anchor: "y" };
-      notes.push(heading(name + (scale.name ? ", " + scale.name : ""), "x" + tag));
+      const title = (round.titles || {})[key] || name;
+      notes.push(heading(title + (scale.name ? ", " + scale.name : ""), "x" + tag));
     });
     const lost = new Map(round.dropped.map((item) => [item.client, item.reason]));
     round.client.forEach((client, i) => {
@@ -132,7 +140,7 @@
         showarrow: false, font: { color: "var(--ink)", size: 11 }, bgcolor: "var(--surface)", borderpad: 1, opacity: 0.9 });
     });
     layout.annotations = notes;
-    return { data, layout, height: 110 + 24 * labels.length };
+    return { data, layout, height: 84 + 24 * labels.length };
   }
 
   function facts(round, view) {
@@ -166,6 +174,13 @@
     picker.querySelector("input").value = String(state.round);
     picker.querySelector("output").textContent = `round ${round.round} of ${view.rounds[last].round}`;
     card.querySelector(".facts").textContent = facts(round, view);
+    const present = stages.filter(([key]) => round[key].some((seconds) => seconds > 0));
+    card.querySelector(".key").replaceChildren(...present.map(([, name, color]) => {
+      const item = document.createElement("li"), swatch = document.createElement("i");
+      swatch.style.background = color;
+      item.append(swatch, name);
+      return item;
+    }));
     draw(slot, roundFigure(round));
   }
 
