@@ -212,6 +212,8 @@ def load_tokenizer(model: str) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(where)
     except Exception as error:  # transformers raises many kinds here: offline, unknown id, damaged files
         raise InputError(f"model.name: no tokenizer for {model!r}: {' '.join(str(error).split())[:200]}") from error
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one up
+        raise InputError(f"model.name: no tokenizer for {model!r}: it has no tokenizer files")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
