@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from airtune.errors import NoResultError
 from airtune.streams import stream
@@ -64,8 +64,18 @@ class Progress:
     pending: Pending = field(default_factory=Pending)
 
 
+@runtime_checkable
+class Prepares(Protocol):
+    """A method that starts from another adapter than the model's own: orthonormal rows, a core ..."""
+
+    def prepare(self, model: ServerModel) -> ServerModel:
+        """Return the model before round 1, given the one that was built from the base model's configuration."""
+        ...
+
+
 def begin(method: Method[Any], model: ServerModel, environment: Environment) -> Progress:
-    """Return the progress before round 1."""
+    """Return the progress before round 1: a method that wants another start prepares the model first."""
+    model = method.prepare(model) if isinstance(method, Prepares) else model
     return Progress(round=0, time=0.0, model=model, state=method.init(model, environment.fleet))
 
 

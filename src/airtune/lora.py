@@ -468,6 +468,34 @@ class AdapterSlice:
             yield owner, kind, tensor
 
 
+NEITHER: frozenset[Factor] = frozenset()
+ONLY_A: frozenset[Factor] = frozenset({"A"})
+ONLY_B: frozenset[Factor] = frozenset({"B"})
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Which factors of its slices a client downloads, trains and uploads; cores and extras go with every slice.
+
+    What a client trains and does not send is its own: it stays on the client from round to round. What it does not
+    receive it already knows: from a seed, from an earlier round, or because it is its own.
+    """
+
+    receive: frozenset[Factor] = BOTH
+    train: frozenset[Factor] = BOTH
+    send: frozenset[Factor] = BOTH
+
+    def narrow(
+        self, receive: AdapterSlice, train: AdapterSlice, send: AdapterSlice
+    ) -> tuple[AdapterSlice, AdapterSlice, AdapterSlice]:
+        """Return the three slices with fewer factors: only those that both the slice and the exchange name."""
+        return (
+            replace(receive, tensors=receive.tensors & self.receive),
+            replace(train, tensors=train.tensors & self.train),
+            replace(send, tensors=send.tensors & self.send),
+        )
+
+
 # ------------------------------------------------------------------------------------------------------ merged updates
 
 

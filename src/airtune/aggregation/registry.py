@@ -7,7 +7,9 @@ from typing import Protocol, runtime_checkable
 
 from airtune.aggregation.mean import FrobeniusWeighted, IndependentSampling, Mean
 from airtune.capabilities import Trait
-from airtune.types import RoundOutcome, ServerModel
+from airtune.federation import Prepares
+from airtune.lora import Exchange
+from airtune.types import Aggregator, RoundOutcome, ServerModel
 
 
 @runtime_checkable
@@ -22,6 +24,25 @@ class DeclaringAggregator(Protocol):
     def __call__(self, model: ServerModel, outcome: RoundOutcome) -> ServerModel:
         """Return the next model; without updates, the model as it is."""
         ...
+
+
+@runtime_checkable
+class ChoosesFactors(Protocol):
+    """An aggregator whose clients do not all download, train and upload both factors."""
+
+    def exchange(self, round_index: int) -> Exchange:
+        """Return what is exchanged in a round (from 1)."""
+        ...
+
+
+def exchange_of(aggregator: Aggregator, round_index: int) -> Exchange:
+    """Return what an aggregator wants exchanged in a round: both factors if it does not say."""
+    return aggregator.exchange(round_index) if isinstance(aggregator, ChoosesFactors) else Exchange()
+
+
+def prepared(aggregator: Aggregator, model: ServerModel) -> ServerModel:
+    """Return the model that an aggregator wants to start from: the given one if it does not say."""
+    return aggregator.prepare(model) if isinstance(aggregator, Prepares) else model
 
 
 AGGREGATORS: Mapping[str, type[DeclaringAggregator]] = {

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from airtune.aggregation.mean import Mean
-from airtune.aggregation.registry import DeclaringAggregator
+from airtune.aggregation.registry import DeclaringAggregator, exchange_of, prepared
 from airtune.capabilities import Trait, compatible
 from airtune.compression.dense import Dense
 from airtune.errors import InputError
@@ -89,13 +89,18 @@ class Composed:
             pair = f"{type(self.planner).__name__} with {type(self.aggregator).__name__}"
             raise InputError(f"method.aggregator: {pair} is refused: {reason}")
 
+    def prepare(self, model: ServerModel) -> ServerModel:
+        """Return the model that the aggregator wants to start from."""
+        return prepared(self.aggregator, model)
+
     def init(self, model: ServerModel, fleet: Fleet) -> Any:
         """Return the planner's state."""
         return self.planner.init(model, fleet)
 
     def plan(self, state: Any, seen: Observation, rng: np.random.Generator) -> Plan:
         """Let the planner decide."""
-        return self.planner.decide(state, seen, rng, LocalWork(self.training, self.compressor))
+        exchange = exchange_of(self.aggregator, seen.round)
+        return self.planner.decide(state, seen, rng, LocalWork(self.training, self.compressor, exchange))
 
     def aggregate(self, state: Any, model: ServerModel, outcome: RoundOutcome) -> tuple[ServerModel, Any]:
         """Let the aggregator average, and the planner learn."""

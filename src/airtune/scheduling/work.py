@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from airtune.lora import AdapterShape, AdapterSlice
+from airtune.lora import AdapterShape, AdapterSlice, Exchange
 from airtune.types import ClientTask, Compressor, Ints, LocalTraining, Observation
 
 
@@ -28,18 +28,20 @@ class Slices:
 
 @dataclass(frozen=True)
 class LocalWork:
-    """How every client of a method trains, and how its upload is coded."""
+    """How every client of a method trains, how its upload is coded, and which factors it exchanges."""
 
     training: LocalTraining
     compressor: Compressor
+    exchange: Exchange = field(default_factory=Exchange)
 
     def task(self, client: int, slices: Slices, seen: Observation, probability: float = 1.0) -> ClientTask:
         """Return the task of one client at full transmit power, without bandwidth yet."""
+        receive, train, send = self.exchange.narrow(slices.receive, slices.train, slices.send)
         return ClientTask(
             client=int(client),
-            receive=slices.receive,
-            train=slices.train,
-            send=slices.send,
+            receive=receive,
+            train=train,
+            send=send,
             training=self.training,
             compressor=self.compressor,
             bandwidth=0.0,

@@ -1,0 +1,86 @@
+"""What each client's model adds to a weight: the products that the exact rules sum up.
+
+The ideal of every rule that aggregates products is ``sum_k p_k s_k B_k A_k``. Here a client's B_k A_k is what its model
+computed with: the components that it sent and, if it held others frozen, those too. A factor that was not sent is the
+one it started from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from airtune.aggregation.mean import Absent, Weights, client_weights
+from airtune.errors import InputError
+from airtune.lora import AdapterSlice, Indices, LoraFactors, stack
+from airtune.types import ClientUpdate, RoundOutcome, ServerModel
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """The products of one slot and their weights, which sum to 1 (to less under ``absent="zero"``)."""
+
+    parts: tuple[LoraFactors, ...]
+    weights: tuple[float, ...]
+
+    def stacked(self) -> LoraFactors:
+        """Return factors of the weighted sum of the products: exact, of the summed rank."""
+        return stack(self.parts, self.weights)
+
+
+def contributions(
+    model: ServerModel,
+    updates: Sequence[ClientUpdate],
+    outcome: RoundOutcome,
+    weights: Weights,
+    absent: Absent,
+) -> dict[str, Contributions]:
+    """Return the contributions to every slot of which somebody sent a component.
+
+    absent : what a client without any component of a slot counts as: "excluded" (the sum over the owners, weights
+        renormalised), "unchanged" (the server's own product) or "zero".
+
+    Raises
+    ------
+    InputError : a slot has a magnitude (DoRA), whose update is not a product of factors.
+    """
+    given = client_weights(updates, outcome, weights)
+    found: dict[str, Contributions] = {}
+    for slot, current in model.adapter.factors.items():
+        if current.magnitude is not None:
+            raise InputError(
+                f"method.aggregator: slot {slot!r} has a magnitude (DoRA), which is no product; valid: mean"
+            )
+        owners = [update.task.send.kept(slot) > 0 for update in updates]
+        if not any(owners):
+            continue
+        total = sum(w for w, owns in zip(given, owners, strict=True) if owns or absent != "excluded")
+        parts = [(_product_of(current, update, slot), w / total) for update, w in zip(updates, given, strict=True)]
+        missing = current if absent == "unchanged" else None
+        kept = [(missing if part is None else part, weight) for part, weight in parts]
+        pairs = [(part, weight) for part, weight in kept if part is not None]
+        found[slot] = Contributions(tuple(part for part, _ in pairs), tuple(weight for _, weight in pairs))
+    return found
+
+
+def equal_ranks(found: Contributions) -> bool:
+    """Return whether all parts have one rank."""
+    return len({part.rank for part in found.parts}) == 1
+
+
+def _product_of(current: LoraFactors, update: ClientUpdate, slot: str) -> LoraFactors | None:
+    """Return the factors with which a client's model computed in one slot, None if it sent none of it."""
+    task = update.task
+    if not task.send.kept(slot):
+        return None
+    values = update.values.factors[slot]
+    rest = _held_frozen(task.receive, task.send, slot) if task.train.outside == "frozen" else None
+    return values if rest is None else stack([values, current.select(rest)])
+
+
+def _held_frozen(receive: AdapterSlice, send: AdapterSlice, slot: str) -> Indices | None:
+    """Return the components that a client held beside those it sent, None if there are none."""
+    rest = np.setdiff1d(receive.components.get(slot, send.components[slot]), send.components[slot])
+    return rest if len(rest) else None
