@@ -46,7 +46,7 @@ lint: .venv/dev.stamp
 docs: .venv/dev.stamp
 	$(BIN)/mkdocs build --quiet --strict --site-dir site
 
-bench: .venv/test.stamp
+bench: .venv/bench.stamp
 	$(FETCH)
 	for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
@@ -72,7 +72,11 @@ bench: .venv/test.stamp
 	@touch $@
 
 .venv/dev.stamp: .venv/test.stamp
-	$(PIP) -e '.[plots,test,flower,dev]'
+	$(PIP) -e '.[plots,test,dev]'
+	@touch $@
+
+.venv/bench.stamp: .venv/test.stamp
+	$(PIP) -e '.[plots,test,sionna]'
 	@touch $@
 
 # All extras in one environment, as resolved today. Look at the difference before you commit it.
