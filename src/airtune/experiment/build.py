@@ -1,0 +1,189 @@
+"""From a configuration to the objects of a run: data, base model, fleet, cell, runner. This is where torch comes in.
+
+`Workshop` keeps what several runs share, so that a comparison loads the base model and tokenises the data once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from airtune.devices.latency import TransformerShape
+from airtune.errors import InputError
+from airtune.experiment.config import Experiment
+from airtune.experiment.sections import Engine
+from airtune.experiment.world import cell_of, nominal_fleet
+from airtune.federation import Stop
+from airtune.scheduling.work import ChoosesRanks
+from airtune.simulation.cell import Cell
+from airtune.simulation.costs import CostModel
+from airtune.simulation.runner import SimulatedRunner
+from airtune.training.data import DataConfig, LabelledData, TokenizedData, load, load_tokenizer, tokenize
+from airtune.training.evaluation import evaluate
+from airtune.training.loading import load_model
+from airtune.training.local import LocalTrainer
+from airtune.training.model import FederatedModel
+from airtune.training.partition import Indices, label_counts
+from airtune.training.shapes import ModelConfig
+from airtune.types import ServerModel
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The rows of one task as token numbers; `validation` is None where none was asked for."""
+
+    train: TokenizedData
+    test: TokenizedData
+    validation: TokenizedData | None
+
+    def split(self, name: str) -> TokenizedData:
+        """Return the rows that a run is measured on: "test" or "validation"."""
+        if name == "test":
+            return self.test
+        if self.validation is None:
+            raise InputError("evaluation.split: there are no validation rows; valid: test, or set data.validation_rows")
+        return self.validation
+
+
+@dataclass
+class Workshop:
+    """What runs share: base models and tokens, made when first needed."""
+
+    models: dict[Any, FederatedModel] = field(default_factory=dict[Any, FederatedModel])
+    rows: dict[Any, Tokens] = field(default_factory=dict[Any, Tokens])
+
+    def tokens(self, data: DataConfig, model: ModelConfig) -> Tokens:
+        """Return the tokenised rows of a task."""
+        key = (data, model.name, model.task)
+        if key not in self.rows:
+            self.rows[key] = _tokenize(load(data, task=model.task), data, model)
+        return self.rows[key]
+
+    def model(self, config: ModelConfig, engine: Engine, num_labels: int | None) -> FederatedModel:
+        """Return the base model; only one is kept in memory."""
+        key = (config, num_labels, engine.precision, engine.device)
+        if key not in self.models:
+            self.models.clear()
+            self.models[key] = load_model(
+                config, num_labels=num_labels, precision=engine.precision, device=engine.device
+            )
+        return self.models[key]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything a run needs, ready to start.
+
+    Attributes
+    ----------
+    experiment : with every automatic choice made.
+    federated : the base model. start : the federation's model before round 1.
+    tokens : the rows. clients : client -> its training rows.
+    cell, runner : the world, and what acts in it.
+    metric, direction : what the run is judged by.
+    """
+
+    experiment: Experiment
+    federated: FederatedModel
+    start: ServerModel
+    tokens: Tokens
+    clients: list[Indices]
+    cell: Cell
+    runner: SimulatedRunner
+    metric: str
+    direction: str
+
+    @property
+    def stop(self) -> Stop:
+        """Return the limits of the round loop."""
+        limits = self.experiment.stop
+        direction = "max" if self.direction == "max" else "min"
+        return Stop(limits.rounds, limits.fleet_seconds, limits.target, self.metric, direction)
+
+    def evaluate(self, model: ServerModel) -> Mapping[str, float]:
+        """Return the metrics of a model on the run's evaluation rows."""
+        chosen = self.experiment.evaluation
+        return evaluate(self.federated, model, self.tokens.split(chosen.split), batch_size=chosen.batch_size)
+
+
+def resolved(experiment: Experiment) -> Experiment:
+    """Return the experiment with every automatic choice made, as run.json stores it."""
+    threads = experiment.engine.threads or len(os.sched_getaffinity(0))
+    return replace(experiment, engine=replace(experiment.engine, threads=threads))
+
+
+def build(experiment: Experiment, workshop: Workshop) -> Bench:
+    """Return the objects of a run.
+
+    Raises
+    ------
+    InputError : a name, file or size that does not fit; one line naming the field.
+    """
+    import torch
+
+    experiment = resolved(experiment)
+    torch.set_num_threads(experiment.engine.threads or 1)
+    tokens = workshop.tokens(experiment.data, experiment.model)
+    tokens.split(experiment.evaluation.split)
+    clients = experiment.partition(tokens.train.labels, experiment.fleet.clients, seed=experiment.seed)
+    federated = workshop.model(experiment.model, experiment.engine, _num_labels(experiment.model, tokens))
+    start = ServerModel(federated.initial_adapter(experiment.seed, _ranks(experiment, federated)))
+    cell = cell_of(experiment, _costs(experiment, federated, start, tokens.train, clients))
+    trainer = LocalTrainer(federated, tokens.train, clients, experiment.seed)
+    causal = experiment.model.task == "causal-lm"
+    return Bench(
+        experiment=experiment,
+        federated=federated,
+        start=start,
+        tokens=tokens,
+        clients=clients,
+        cell=cell,
+        runner=SimulatedRunner(cell, cell.costs, trainer, experiment.seed),
+        metric="loss" if causal else "accuracy",
+        direction="min" if causal else "max",
+    )
+
+
+def _tokenize(rows: LabelledData, data: DataConfig, model: ModelConfig) -> Tokens:
+    tokenizer = load_tokenizer(model.name)
+
+    def tokens_of(part: Any) -> TokenizedData:
+        return tokenize(part, tokenizer, max_length=data.max_length, task=model.task, label_names=rows.label_names)
+
+    validation = None if rows.validation is None else tokens_of(rows.validation)
+    return Tokens(tokens_of(rows.train), tokens_of(rows.test), validation)
+
+
+def _num_labels(model: ModelConfig, tokens: Tokens) -> int | None:
+    return tokens.train.num_labels if model.task == "sequence-classification" else None
+
+
+def _ranks(experiment: Experiment, federated: FederatedModel) -> Mapping[str, int] | None:
+    method = experiment.method
+    return method.ranks(federated.shape) if isinstance(method, ChoosesRanks) else None
+
+
+def _costs(
+    experiment: Experiment,
+    federated: FederatedModel,
+    start: ServerModel,
+    train: TokenizedData,
+    clients: list[Indices],
+) -> CostModel:
+    counts = label_counts(train.labels, clients, train.num_labels) if train.label_names else None
+    sizes = np.array([len(rows) for rows in clients], dtype=np.int64)
+    overall = float(train.lengths.mean())
+    lengths = [float(train.lengths[rows].mean()) if len(rows) else overall for rows in clients]
+    return CostModel(
+        fleet=nominal_fleet(experiment.fleet, sizes, counts),
+        shape=start.adapter.shape,
+        network=TransformerShape.from_config(federated.config_json),
+        tokens=np.array(lengths),
+        head="causal" if experiment.model.task == "causal-lm" else "classification",
+        classes=max(train.num_labels, 2),
+        value_bytes=2 if experiment.engine.precision == "bf16" else 4,
+    )

@@ -1,0 +1,293 @@
+"""An experiment: a TOML file and the command line's overrides, as objects.
+
+The sections are the fields of dataclasses that the rest of airtune defines (the model's, the data's, the channel's, the
+method's ...), so a new field there can be set here at once. `Experiment.plain` is the way back: plain data from which
+`read_experiment` makes an equal experiment.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from airtune.errors import InputError
+from airtune.experiment import kinds
+from airtune.experiment.schema import Context, Plain, check_keys, read, read_dataclass, write_dataclass
+from airtune.experiment.sections import (
+    Engine,
+    Evaluation,
+    FleetConfig,
+    StopLimits,
+    Wireless,
+    check_training,
+    read_merged,
+    read_wireless,
+    write_wireless,
+)
+from airtune.experiment.toml import read_toml
+from airtune.training.data import DataConfig
+from airtune.training.partition import Partitioner
+from airtune.training.shapes import ModelConfig
+from airtune.types import LocalTraining, Method
+
+SECTIONS = ("model", "data", "fleet", "wireless", "training", "compressor", "method", "stop", "evaluation")
+KEYS = ("name", "seed", *SECTIONS, "variant")
+VARIANT_SECTIONS = ("model", "training", "compressor")
+DEFAULT_METHOD = "fedit"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run, fully described.
+
+    Attributes
+    ----------
+    name : of the experiment: the file's name unless the file says otherwise.
+    label : the method or the variant that this run is of.
+    seed : of everything that is drawn.
+    model, data, partition, fleet, wireless : the task and the world.
+    training, engine : local training, and how this machine computes it.
+    method_name, method : the method. Its `training` and `compressor` default to the sections of these names.
+    compressor : table of the section [compressor], or None.
+    stop, evaluation : when the run ends, and how it is measured.
+    """
+
+    name: str
+    label: str
+    seed: int
+    model: ModelConfig
+    data: DataConfig
+    partition: Partitioner
+    fleet: FleetConfig
+    wireless: Wireless
+    training: LocalTraining
+    engine: Engine
+    method_name: str
+    method: Method[Any]
+    compressor: Plain | None = None
+    stop: StopLimits = field(default_factory=StopLimits)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def plain(self) -> Plain:
+        """Return the experiment as plain data, every default written out."""
+        context = _context(self.training, self.compressor)
+        sections: Plain = {
+            "name": self.name,
+            "seed": self.seed,
+            "model": write_dataclass(self.model),
+            "data": {**write_dataclass(self.data), "partition": _write_partition(self.partition)},
+            "fleet": write_dataclass(self.fleet),
+            "wireless": write_wireless(self.wireless),
+            "training": {**write_dataclass(self.training), **write_dataclass(self.engine)},
+            "method": {"name": self.method_name, **write_dataclass(self.method, context)},
+            "stop": write_dataclass(self.stop),
+            "evaluation": write_dataclass(self.evaluation),
+        }
+        if self.compressor is not None:
+            sections["compressor"] = self.compressor
+        return sections
+
+    def with_stop(self, **limits: Any) -> Experiment:
+        """Return the experiment with other limits."""
+        return replace(self, stop=replace(self.stop, **limits))
+
+
+# ---------------------------------------------------------------------------------------------------------------- file
+
+
+@dataclass(frozen=True)
+class ExperimentFile:
+    """The plain data of a file with the command line's overrides applied, before a method is chosen.
+
+    tables : of the file. overrides : dotted name -> text or value, applied after the choice of the method.
+    """
+
+    name: str
+    tables: Plain
+    overrides: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def variants(self) -> Mapping[str, Plain]:
+        """Return the tables [variant.NAME]."""
+        variants = self.tables.get("variant", {})
+        if not isinstance(variants, Mapping):
+            raise InputError('variant: must be tables [variant.NAME] with method = "..."')
+        return cast("Mapping[str, Plain]", variants)
+
+    def default_method(self) -> str:
+        """Return the method that the file names."""
+        method = self.tables.get("method", DEFAULT_METHOD)
+        if isinstance(method, str):
+            return method
+        if not isinstance(method, Mapping) or not isinstance(cast("Plain", method).get("name"), str):
+            raise InputError(f'method: must have name = "..."; valid: {", ".join([*kinds.METHODS, *self.variants])}')
+        return cast("Plain", method)["name"]
+
+    def experiment(self, label: str | None = None, **changes: Any) -> Experiment:
+        """Return the experiment of one method or variant.
+
+        Parameters
+        ----------
+        label : a method or a variant; None: the file's own.
+        changes : dotted names (with ``__`` for the dot) that override everything else, for example ``seed=3``.
+
+        Raises
+        ------
+        InputError : an unknown name or key, a wrong value, a missing section; one line.
+        """
+        label = self.default_method() if label is None else label
+        tables = _choose_method(self.tables, self.variants, label)
+        overrides = {**self.overrides, **{name.replace("__", "."): value for name, value in changes.items()}}
+        for name, value in overrides.items():
+            _set(tables, name.split("."), value)
+        return _experiment(tables, label, self.name)
+
+
+def read_file(path: Path, overrides: Mapping[str, Any] | None = None) -> ExperimentFile:
+    """Return an experiment file with overrides (dotted name -> text); errors as in `ExperimentFile.experiment`."""
+    tables = read_toml(path)
+    check_keys(tables, KEYS, "")
+    return ExperimentFile(str(tables.get("name", path.stem)), tables, overrides or {})
+
+
+def read_experiment(plain: Plain, label: str | None = None) -> Experiment:
+    """Return the experiment of plain data as `Experiment.plain` gives it."""
+    return ExperimentFile(str(plain.get("name", "experiment")), plain).experiment(label)
+
+
+def _choose_method(tables: Plain, variants: Mapping[str, Plain], label: str) -> Plain:
+    """Return the tables with [method] that of `label`, and a variant's other sections merged in."""
+    kinds.find_method(label, variants)
+    chosen = copy.deepcopy({key: value for key, value in tables.items() if key != "variant"})
+    if label in variants:
+        return _apply_variant(chosen, copy.deepcopy(variants[label]), label)
+    given = chosen.get("method", {})
+    if isinstance(given, Mapping) and _same(str(cast("Plain", given).get("name")), label):
+        return chosen
+    chosen["method"] = {"name": label}  # the fields of [method] belong to the method that the file names
+    return chosen
+
+
+def _apply_variant(tables: Plain, variant: Any, label: str) -> Plain:
+    where = f"variant.{label}"
+    if not isinstance(variant, Mapping) or not isinstance(cast("Plain", variant).get("method"), str):
+        raise InputError(f'{where}: must be a table with method = "..."; valid methods: {", ".join(kinds.METHODS)}')
+    entries = dict(cast("Plain", variant))
+    name = entries.pop("method")
+    kinds.find_method(name, {})
+    for section in VARIANT_SECTIONS:
+        if section in entries:
+            tables[section] = _merged(tables.get(section, {}), entries.pop(section))
+    for section in (*SECTIONS, "seed", "name"):
+        if section in entries:
+            valid = f"method, {', '.join(VARIANT_SECTIONS)} and the fields of {name}"
+            raise InputError(f"{where}.{section}: variants are compared in one world; valid: {valid}")
+    base = tables.get("method", {})
+    same = isinstance(base, Mapping) and _same(str(cast("Plain", base).get("name")), name)
+    tables["method"] = _merged(base, {**entries, "name": name}) if same else {**entries, "name": name}
+    return tables
+
+
+def _merged(base: Any, over: Any) -> Any:
+    if not isinstance(base, Mapping) or not isinstance(over, Mapping):
+        return over
+    merged = dict(cast("Plain", base))
+    for key, value in cast("Plain", over).items():
+        merged[key] = _merged(merged[key], value) if key in merged else value
+    return merged
+
+
+def _same(name: str, other: str) -> bool:
+    return name.replace("_", "-") == other.replace("_", "-")
+
+
+def _set(tables: Plain, path: Sequence[str], value: Any) -> None:
+    """Set a dotted name; a name on its way that is short for a table (``partition = "iid"``) becomes that table."""
+    for depth, key in enumerate(path[:-1]):
+        inner = tables.get(key, {})
+        if isinstance(inner, str):
+            inner = {"name" if depth == 0 and key == "method" else "type": inner}
+        if not isinstance(inner, Mapping):
+            raise InputError(f"{'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a table")
+        tables[key] = dict(cast("Plain", inner))
+        tables = tables[key]
+    tables[path[-1]] = value
+
+
+# ------------------------------------------------------------------------------------------------------------ sections
+
+
+def _experiment(tables: Plain, label: str, name: str) -> Experiment:
+    check_keys(tables, KEYS, "")
+    training, engine = read_merged((LocalTraining, Engine), tables.get("training", {}), "training")
+    check_training(training)
+    compressor = _compressor(tables.get("compressor"))
+    method_name, method = _method(tables["method"], training, compressor)
+    data, partition = _data(tables.get("data", {}))
+    return Experiment(
+        name=name,
+        label=label,
+        seed=_seed(tables.get("seed", 0)),
+        model=read_dataclass(ModelConfig, tables.get("model", {}), "model"),
+        data=data,
+        partition=partition,
+        fleet=read_dataclass(FleetConfig, tables.get("fleet", {}), "fleet"),
+        wireless=read_wireless(tables.get("wireless", {})),
+        training=training,
+        engine=engine,
+        method_name=method_name,
+        method=method,
+        compressor=compressor,
+        stop=read_dataclass(StopLimits, tables.get("stop", {}), "stop"),
+        evaluation=read_dataclass(Evaluation, tables.get("evaluation", {}), "evaluation"),
+    )
+
+
+def _context(training: LocalTraining, compressor: Plain | None) -> Context:
+    return Context(kinds.choices(), kinds.defaults(write_dataclass(training), compressor))
+
+
+def _seed(value: Any) -> int:
+    seed = cast("int", read(int, value, "seed"))
+    if seed < 0:
+        raise InputError(f"seed: {seed} is negative; valid: 0 or more")
+    return seed
+
+
+def _compressor(value: Any) -> Plain | None:
+    if value is None:
+        return None
+    table = {"type": value} if isinstance(value, str) else value
+    context = Context(kinds.choices())
+    made = read(kinds.Compressor, table, "compressor", context)
+    return {"type": cast("Plain", table)["type"], **write_dataclass(made, context)}
+
+
+def _method(value: Any, training: LocalTraining, compressor: Plain | None) -> tuple[str, Method[Any]]:
+    table = {"name": value} if isinstance(value, str) else dict(cast("Plain", value))
+    name = str(table.pop("name")).replace("_", "-")
+    kinds.find_method(name, {})
+    made = read_dataclass(kinds.METHODS[name], table, "method", _context(training, compressor))
+    check_training(getattr(made, "training", training), "method.training")
+    return name, made
+
+
+def _data(value: Any) -> tuple[DataConfig, Partitioner]:
+    table = dict(cast("Plain", value)) if isinstance(value, Mapping) else value
+    partition = table.pop("partition", "iid") if isinstance(table, dict) else "iid"
+    made = read(Partitioner, partition, "data.partition")
+    try:
+        return read_dataclass(DataConfig, table, "data"), made
+    except InputError as error:
+        if "unknown key" in str(error):
+            raise InputError(f"{error}, partition") from error
+        raise
+
+
+def _write_partition(partition: Partitioner) -> Plain:
+    from airtune.experiment.schema import write
+
+    return cast("Plain", write(Partitioner, partition))

@@ -1,0 +1,262 @@
+"""One run: start or resume, round after round into its folder, the result exported at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from airtune.clock import host_seconds
+from airtune.errors import InputError
+from airtune.experiment import checkpoint
+from airtune.experiment.build import Bench, Workshop, build
+from airtune.experiment.config import Experiment, read_experiment
+from airtune.experiment.provenance import git_revision, versions
+from airtune.experiment.store import ADAPTER_FOLDER, SCHEMA, Plain, RunStore, disk_errors, new_store
+from airtune.federation import Progress, begin, run
+
+LARGEST_FLEET_TABLE = 20_000  # clients; run.json names each client of a smaller fleet [our choice]
+
+
+class Reporter(Protocol):
+    """Hears of a run's progress; the command line shows it."""
+
+    def started(self, bench: Bench, store: RunStore, rounds_done: int) -> None:
+        """Be told that rounds are about to run."""
+        ...
+
+    def round_done(self, line: Plain) -> None:
+        """Be told of the line that was just added to rounds.jsonl."""
+        ...
+
+    def finished(self, head: Plain) -> None:
+        """Be told of the final run.json."""
+        ...
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def started(self, bench: Bench, store: RunStore, rounds_done: int) -> None:
+        """Say nothing."""
+
+    def round_done(self, line: Plain) -> None:
+        """Say nothing."""
+
+    def finished(self, head: Plain) -> None:
+        """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What `start` and `resume` need besides the experiment.
+
+    workshop : base model and tokens, shared between runs.
+    reporter : hears of the progress.
+    command : the command line that repeats the run, for run.json; empty if unknown.
+    """
+
+    workshop: Workshop
+    reporter: Reporter = field(default_factory=Silent)
+    command: str = ""
+
+
+def start(experiment: Experiment, folder: Path, session: Session) -> Plain:
+    """Run an experiment into a new folder and return the final run.json.
+
+    Raises
+    ------
+    InputError : the folder is not empty, or the experiment cannot be built.
+    NoResultError : the run diverged or the disk is full; what was written is kept.
+    KeyboardInterrupt : passed on after run.json says "interrupted"; the checkpoint is that of the last whole round.
+    """
+    store = new_store(folder)
+    try:
+        bench = build(experiment, session.workshop)
+    except BaseException:
+        folder.rmdir()
+        raise
+    store.write_head(_first_head(bench, session.command))
+    progress = begin(bench.experiment.method, bench.start, bench.cell)
+    checkpoint.save(store.checkpoint, progress, _digest(bench.experiment))
+    return _run(bench, store, progress, session)
+
+
+def resume(folder: Path, limits: Mapping[str, Any], session: Session) -> Plain:
+    """Go on with a run from its checkpoint, bit for bit, and return the final run.json.
+
+    Parameters
+    ----------
+    folder : of the run.
+    limits : new values of some fields of [stop]; nothing else may change.
+
+    Raises
+    ------
+    InputError : the folder is not a run, its checkpoint belongs to another configuration, or the run is over.
+    """
+    store = RunStore(folder)
+    head = store.read_head()
+    label = str(head.get("method"))
+    experiment = read_experiment(_with_limits(head["config"], limits), label)
+    progress = checkpoint.load(store.checkpoint, _digest(experiment))
+    bench = build(experiment, session.workshop)
+    lines = store.keep_rounds(progress.round if progress.round else -1)
+    if lines:
+        _check_not_over(bench, progress, lines[-1], folder)
+        _forget_last_evaluation(store, lines, bench)
+    store.update_head(status="running", config=bench.experiment.plain())
+    return _run(bench, store, progress, session)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+def _run(bench: Bench, store: RunStore, progress: Progress, session: Session) -> Plain:
+    try:
+        session.reporter.started(bench, store, progress.round)
+        progress = _rounds(bench, store, progress, session.reporter)
+        export = _export(bench, progress, store)
+    except KeyboardInterrupt:
+        store.update_head(status="interrupted", final=_final(store))
+        raise
+    except BaseException as error:
+        store.update_head(status="failed", error=f"{type(error).__name__}: {error}", final=_final(store))
+        raise
+    head = store.update_head(status="done", final=_final(store), export=export)
+    session.reporter.finished(head)
+    return head
+
+
+def _rounds(bench: Bench, store: RunStore, progress: Progress, reporter: Reporter) -> Progress:
+    experiment = bench.experiment
+    digest = _digest(experiment)
+    began = host_seconds()
+    rounds = run(
+        experiment.method,
+        progress,
+        bench.cell,
+        bench.runner,
+        stop=bench.stop,
+        seed=experiment.seed,
+        evaluate=bench.evaluate,
+        evaluate_every=experiment.evaluation.every,
+    )
+    for progress, record in rounds:
+        ready = host_seconds()
+        line = store.append_round(record)
+        checkpoint.save(store.checkpoint, progress, digest)
+        store.append_timing(record.round, round_s=ready - began, store_s=host_seconds() - ready)
+        reporter.round_done(line)
+        began = host_seconds()
+    return progress
+
+
+def _export(bench: Bench, progress: Progress, store: RunStore) -> Plain:
+    from airtune.training.export import export_adapter
+
+    with disk_errors(store.adapter):
+        export_adapter(bench.federated, progress.model, store.adapter)
+    return {"kind": "peft", "path": ADAPTER_FOLDER, "base_model": bench.experiment.model.name}
+
+
+# ------------------------------------------------------------------------------------------------------------ run.json
+
+
+def _first_head(bench: Bench, command: str) -> Plain:
+    experiment = bench.experiment
+    head: Plain = {
+        "schema": SCHEMA,
+        "status": "running",
+        "name": experiment.name,
+        "method": experiment.label,
+        "seed": experiment.seed,
+        "metric": bench.metric,
+        "direction": bench.direction,
+        "command": command,
+        "config": experiment.plain(),
+        "versions": versions(),
+        "git": git_revision(),
+        "final": {},
+        "export": None,
+    }
+    if bench.cell.fleet.size <= LARGEST_FLEET_TABLE:
+        head["fleet"] = _fleet_table(bench)
+    return head
+
+
+def _fleet_table(bench: Bench) -> list[Plain]:
+    """Return one row a client: hardware, data, place and gain at time 0."""
+    fleet, channel, seed = bench.cell.nominal, bench.cell.channel, bench.experiment.seed
+    clients = np.arange(fleet.size)
+    places = getattr(channel, "positions", None)
+    positions = None if places is None else places(seed, clients, 0.0)
+    gains = channel.mean_gain(seed, clients, 0.0)
+    rows: list[Plain] = []
+    for client in range(fleet.size):
+        row: Plain = {
+            "client": client,
+            "device": fleet.device[client],
+            "flops_per_second": fleet.flops_per_second[client],
+            "memory_bytes": fleet.memory_bytes[client],
+            "examples": fleet.num_examples[client],
+            "gain": gains[client],
+        }
+        if positions is not None:
+            row.update(x_m=positions[client, 0], y_m=positions[client, 1])
+        rows.append(row)
+    return rows
+
+
+def _final(store: RunStore) -> Plain:
+    """Return the totals of rounds.jsonl and its last evaluation."""
+    lines = store.rounds()
+    if not lines:
+        return {}
+    evaluated = [line for line in lines if "accuracy" in line or "loss" in line]
+    final: Plain = {
+        "rounds": lines[-1]["round"],
+        "time_s": lines[-1]["time_s"],
+        **{name: sum(line[name] for line in lines) for name in ("uplink_bits", "downlink_bits", "energy_j")},
+    }
+    for name in ("accuracy", "loss"):
+        if evaluated and name in evaluated[-1]:
+            final[name] = evaluated[-1][name]
+    return final
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+def _digest(experiment: Experiment) -> str:
+    """Return a fingerprint of all that a checkpoint depends on: everything but [stop]."""
+    plain = {key: value for key, value in experiment.plain().items() if key != "stop"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _with_limits(config: Any, limits: Mapping[str, Any]) -> Plain:
+    plain = dict(cast("Plain", config))
+    return {**plain, "stop": {**plain.get("stop", {}), **limits}}
+
+
+def _check_not_over(bench: Bench, progress: Progress, last: Plain, folder: Path) -> None:
+    metrics = {name: float(last[name]) for name in (bench.metric,) if last.get(name) is not None}
+    if bench.stop.reached(progress, metrics):
+        raise InputError(
+            f"--resume: the run in {folder} has reached its end (round {progress.round}); "
+            f"valid: a later one, as in --stop.rounds {progress.round + 10}"
+        )
+
+
+def _forget_last_evaluation(store: RunStore, lines: list[Plain], bench: Bench) -> None:
+    """Take the evaluation out of the last line if it was made only because the run then ended there.
+
+    The uninterrupted run would not have made it, and rounds.jsonl must not tell how often a run was resumed.
+    """
+    last, every = lines[-1], bench.experiment.evaluation.every
+    if last["round"] % every and any(name in last for name in ("accuracy", "loss")):
+        store.replace_last_round({key: value for key, value in last.items() if key not in ("accuracy", "loss")})
