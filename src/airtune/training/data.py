@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,11 @@ from airtune.errors import InputError
 from airtune.streams import stream
 from airtune.training import sources
 from airtune.training.catalogue import resolve_model
+from airtune.training.shapes import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Task = Literal["sequence-classification", "causal-lm"]
 Indices = NDArray[np.int64]
 IGNORED_LABEL = -100  # the label that torch's cross entropy leaves out
 
