@@ -37,6 +37,7 @@ test-all: .venv/test.stamp
 	$(FETCH)
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow" $(PYTEST_ARGS)
 
+lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1  # do not ask whether there is a newer pyright
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,8 +72,9 @@ bench: .venv/bench.stamp
 	$(PIP) -e '.[plots,test]'
 	@touch $@
 
+# With the extras that src imports, so that pyright sees them.
 .venv/dev.stamp: .venv/test.stamp
-	$(PIP) -e '.[plots,test,dev]'
+	$(PIP) -e '.[plots,test,gguf,dev]'
 	@touch $@
 
 .venv/bench.stamp: .venv/test.stamp
