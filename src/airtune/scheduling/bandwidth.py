@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from airtune.errors import InputError, unknown_name
+from airtune.solvers.airtime import min_energy, min_latency_sum
 from airtune.solvers.equal_finish import Uploads, equal_finish, why_infeasible
 from airtune.solvers.solution import Solution, infeasible, name_clients
 
@@ -133,6 +134,104 @@ class EqualFinish:
         )
 
 
+@dataclass(frozen=True)
+class MinEnergy:
+    """The split that costs least transmit energy among those that meet a deadline, at full power.
+
+    `airtune.solvers.airtime.min_energy`. The round's objective is still reported in seconds; energy is in the message.
+
+    Parameters
+    ----------
+    deadline : s for compute and upload; None: `slack` times the earliest finish that the band allows.
+    slack : at least 1, used without a deadline.
+    minimum, maximum : bandwidth of one client that sends, Hz.
+    resource_block : Hz, or None for continuous bandwidth.
+    """
+
+    deadline: float | None = None
+    slack: float = 1.2
+    minimum: float = 0.0
+    maximum: float = float("inf")
+    resource_block: float | None = None
+
+    def __post_init__(self) -> None:
+        check_deadline(self.deadline, self.slack, "bandwidth")
+
+    def allocate(
+        self,
+        compute_seconds: ArrayLike,
+        bits: ArrayLike,
+        power: ArrayLike,
+        gain: ArrayLike,
+        noise_density: ArrayLike,
+        total_bandwidth: float,
+        snr_gap: float = 1.0,
+    ) -> Solution:
+        """Return the least-energy split; see `BandwidthRule`."""
+        link = (compute_seconds, bits, power, gain, noise_density, total_bandwidth)
+        minimum = np.where(np.asarray(bits, dtype=np.float64) > 0.0, self.minimum, 0.0)
+        block = self.resource_block
+        deadline = self.deadline
+        if deadline is None:
+            earliest = equal_finish(*link, snr_gap, minimum=minimum, maximum=self.maximum, resource_block=block)
+            if not earliest.ok:
+                return earliest
+            deadline = self.slack * earliest.objective
+        found = min_energy(*link, deadline, snr_gap, minimum=minimum, maximum=self.maximum, resource_block=block)
+        return _in_seconds(found, Uploads.of(*link[:5], snr_gap), f"{found.objective:.6g} J by {deadline:.6g} s")
+
+
+@dataclass(frozen=True)
+class MinLatencySum:
+    """The split with the least sum of latencies: good for the average client, not for the last one.
+
+    `airtune.solvers.airtime.min_latency_sum` with equal weights.
+
+    Parameters
+    ----------
+    minimum, maximum : bandwidth of one client that sends, Hz.
+    resource_block : Hz, or None for continuous bandwidth.
+    """
+
+    minimum: float = 0.0
+    maximum: float = float("inf")
+    resource_block: float | None = None
+
+    def allocate(
+        self,
+        compute_seconds: ArrayLike,
+        bits: ArrayLike,
+        power: ArrayLike,
+        gain: ArrayLike,
+        noise_density: ArrayLike,
+        total_bandwidth: float,
+        snr_gap: float = 1.0,
+    ) -> Solution:
+        """Return the split of the least sum; see `BandwidthRule`."""
+        link = (compute_seconds, bits, power, gain, noise_density, total_bandwidth)
+        minimum = np.where(np.asarray(bits, dtype=np.float64) > 0.0, self.minimum, 0.0)
+        found = min_latency_sum(
+            *link, 1.0, snr_gap, minimum=minimum, maximum=self.maximum, resource_block=self.resource_block
+        )
+        return _in_seconds(found, Uploads.of(*link[:5], snr_gap), f"sum of latencies {found.objective:.6g} s")
+
+
+def check_deadline(deadline: float | None, slack: float, field: str) -> None:
+    """Raise InputError unless the deadline is None or positive and the slack at least 1."""
+    if deadline is not None and not (np.isfinite(deadline) and deadline > 0.0):
+        raise InputError(f"{field}.deadline: must be positive and finite, in s; got {deadline:g}")
+    if not (np.isfinite(slack) and slack >= 1.0):
+        raise InputError(f"{field}.slack: must be at least 1; got {slack:g}")
+
+
+def _in_seconds(found: Solution, uploads: Uploads, message: str) -> Solution:
+    """Return the solution with the latest finish as its objective."""
+    if not found.ok:
+        return found
+    finish = float(uploads.finish(found.value).max(initial=0.0))
+    return Solution(found.value, found.status, finish, found.iterations, message)
+
+
 def _by_weight(uploads: Uploads, weight: Array, total: float, resource_block: float | None) -> Solution:
     """Split `total` by weight among those that send."""
     if not (np.isfinite(total) and total > 0.0):
@@ -173,6 +272,8 @@ BANDWIDTH_RULES: dict[str, type[BandwidthRule]] = {
     "equal": EqualSplit,
     "proportional": Proportional,
     "equal-finish": EqualFinish,
+    "min-energy": MinEnergy,
+    "min-latency-sum": MinLatencySum,
 }
 
 

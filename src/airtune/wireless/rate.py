@@ -79,6 +79,19 @@ def bandwidth_for_rate(
     return np.where(possible, bandwidth, np.where(y <= 0.0, 0.0, np.inf))
 
 
+def power_for_rate(
+    rate: ArrayLike, bandwidth: ArrayLike, gain: ArrayLike, noise_density: ArrayLike, snr_gap: float = 1.0
+) -> Array:
+    """Return the transmit power w Gamma N0 / g (2^(rate / w) - 1) in W at which a link carries `rate`.
+
+    Shapes and units as in `achievable_rate`. Zero rate needs no power; infinite where bandwidth or gain is zero.
+    """
+    wanted, w, g = np.broadcast_arrays(*(np.asarray(v, dtype=np.float64) for v in (rate, bandwidth, gain)))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        needed = w * snr_gap * np.asarray(noise_density) / g * np.expm1(wanted / w * _LN2)
+    return np.where(wanted <= 0.0, 0.0, np.where((w <= 0.0) | (g <= 0.0), np.inf, needed))
+
+
 def snr_for_efficiency(y: ArrayLike) -> Array:
     """Return x > 0 with ln(1 + x) = y x for y in (0, 1), which is x = -W_{-1}(-y exp(-y)) / y - 1.
 
