@@ -10,7 +10,7 @@ from airtune.report.cells import COST_TITLES, cost_text, cost_units, final_text,
 from airtune.report.figures import Figure, cost_figure, learning_figure, ratio_figure
 from airtune.report.html import Chooser, Code, Entry, FigureSlot, Page, RoundView, Section, Table, Tile, write_page
 from airtune.report.load import load_runs, load_summary
-from airtune.report.quantities import bit_unit, digits, energy_unit, metric_text, time_unit
+from airtune.report.quantities import bit_unit, counted, digits, energy_unit, metric_text, time_unit
 from airtune.report.records import CompareSummary, Run
 from airtune.report.round_view import round_view
 from airtune.report.run_figures import run_figures
@@ -110,7 +110,14 @@ def compare_page(runs: Sequence[Run], summary: CompareSummary) -> Page:
     )
     return Page(
         title=f"{', '.join(row.method for row in method_rows(summary))}: airtune compare",
-        eyebrow=f"airtune compare · {len(method_rows(summary))} methods · {seeds} seeds · {len(runs)} runs",
+        eyebrow=" · ".join(
+            [
+                "airtune compare",
+                counted(len(method_rows(summary)), "method"),
+                counted(seeds, "seed"),
+                counted(len(runs), "run"),
+            ]
+        ),
         headline=compare_headline(summary),
         lead=_compare_lead(runs, summary),
         banners=_banners(runs),
@@ -186,7 +193,11 @@ def _run_tiles(run: Run) -> list[Tile]:
         tiles.append(Tile("Gain", gain_text(run.metric, run.direction, start, final, short=True), "over round 0"))
     return [
         *tiles,
-        Tile("Fleet time", time_unit([end.time_s]).show(end.time_s), f"{len(trained)} rounds of {digits(mean)} s"),
+        Tile(
+            "Fleet time",
+            time_unit([end.time_s]).show(end.time_s),
+            f"{counted(len(trained), 'round')} of {digits(mean)} s",
+        ),
         Tile("Uplink", bit_unit([end.uplink_bits]).show(end.uplink_bits), "sent by the devices"),
         Tile("Downlink", bit_unit([end.downlink_bits]).show(end.downlink_bits), "sent to the devices"),
         Tile("Energy", energy_unit([end.energy_j]).show(end.energy_j), "devices only"),

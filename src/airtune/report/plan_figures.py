@@ -28,7 +28,7 @@ def plan_figures(view: PlanView) -> dict[str, Figure]:
         "profile": profile_figure(view.clients),
         "band": band_figure(view.clients),
         "cell": cell_figure([client.place for client in view.clients]),
-        "rates": rate_figure({"uplink": rates}),
+        "rates": rate_figure({"uplink": rates}, "Each client at its part of the band.", "clients"),
     }
     found |= {f"curve_{index}": curve_figure(curve) for index, curve in enumerate(view.curves)}
     return {name: figure for name, figure in found.items() if figure is not None}

@@ -27,7 +27,7 @@ from airtune.report.html import (
 )
 from airtune.report.plan_figures import QUANTITIES, plan_figures, predicted_unit, sweep_figure
 from airtune.report.plan_view import PlannedClient, PlanView, read_plan
-from airtune.report.quantities import digits, time_unit
+from airtune.report.quantities import counted, digits, time_unit
 from airtune.report.round_view import CLIENTS_IN_VIEW, busy, client_columns
 from airtune.report.run_tables import flat
 
@@ -57,7 +57,7 @@ def plan_page(plans: Sequence[Mapping[str, object]]) -> Page:
     sections += _sections(views)
     return Page(
         title=f"{', '.join(dict.fromkeys(view.method for view in views))}: airtune plan",
-        eyebrow=f"airtune plan · {len(views)} plan{'s' if len(views) > 1 else ''} · nothing was trained",
+        eyebrow=f"airtune plan · {counted(len(views), 'plan')} · nothing was trained",
         headline=plan_headline(views),
         lead=_lead(views),
         tiles=_tiles(views[0]) if len(views) == 1 else [],
@@ -71,12 +71,12 @@ def plan_page(plans: Sequence[Mapping[str, object]]) -> Page:
 def plan_headline(views: Sequence[PlanView]) -> str:
     """Return what is predicted in one sentence: seconds of a round and in all, the fastest first."""
     if views[0].sweep and len(views) > 1:
-        fields = " and ".join(field for field, _ in views[0].sweep)
         texts: list[str] = []
         for method in dict.fromkeys(view.method for view in views):
             mine = [view for view in views if view.method == method]
-            texts.append(f"{method} from {_seconds(mine[0], 'round_s')} to {_seconds(mine[-1], 'round_s')} a round")
-        return f"{fields} from {views[0].point} to {views[-1].point}: {'; '.join(texts[:4])}"
+            first, last = _seconds(mine[0], "round_s"), _seconds(mine[-1], "round_s")
+            texts.append(f"{method}: {first} a round at {mine[0].point}, {last} at {mine[-1].point}")
+        return "; ".join(texts[:4])
     ranked = sorted(views, key=lambda view: view.predicted.get("total_s", view.predicted.get("round_s", np.inf)))
     texts = [f"{view.name} needs {_seconds(view, 'round_s')} a round" + _in_all(view) for view in ranked[:4]]
     return "; ".join(texts)
@@ -92,6 +92,8 @@ def _in_all(view: PlanView) -> str:
 
 
 def _lead(views: Sequence[PlanView]) -> str:
+    if len(views) > 1 and views[0].sweep:
+        return f"Swept: {', '.join(field for field, _ in views[0].sweep)}."
     if len(views) > 1 or not views[0].clients:
         return ""
     slowest = max(views[0].clients, key=lambda client: busy(client.record))

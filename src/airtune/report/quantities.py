@@ -71,6 +71,11 @@ def metric_text(metric: str, value: float | None) -> str:
     return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.3f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return ``"1 seed"`` or ``"3 seeds"``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def decibel(gain: float) -> float:
     """Return ``10 log10(gain)`` of a positive power gain."""
     return 10.0 * math.log10(gain)

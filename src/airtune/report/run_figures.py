@@ -26,7 +26,7 @@ def run_figures(run: Run) -> dict[str, Figure]:
         "energy_rounds": energy_round_figure(trained),
         "energy_devices": energy_device_figure(run),
         "cell": cell_figure(run.fleet),
-        "rates": rate_figure(achieved_rates(trained)),
+        "rates": rate_figure(achieved_rates(trained), "Bits over seconds of each transfer.", "transfers"),
         "diagnostics": panels_figure(
             "Aggregation diagnostics",
             "Measured at the server, for example the covariance that averaging A and B apart neglects.",
@@ -208,8 +208,11 @@ def achieved_rates(trained: Sequence[Round]) -> dict[str, list[float]]:
     }
 
 
-def rate_figure(rates: dict[str, list[float]]) -> Figure | None:
-    """Return the distribution functions of rates in bit/s by direction, on a logarithmic axis."""
+def rate_figure(rates: dict[str, list[float]], caption: str, noun: str) -> Figure | None:
+    """Return the distribution functions of rates in bit/s by direction, on a logarithmic axis.
+
+    noun : what has a rate, for example "transfers".
+    """
     found = {name: np.sort(values) for name, values in rates.items() if values}
     if not found:
         return None
@@ -225,15 +228,15 @@ def rate_figure(rates: dict[str, list[float]]) -> Figure | None:
                 "x": rounded(np.quantile(values, levels) / unit.factor),
                 "y": rounded(100 * levels),
                 "line": {"color": colour(index), "width": 2, "shape": "hv", "dash": ("solid", "dash")[index % 2]},
-                "hovertemplate": f"%{{y:.0f}} % of transfers below %{{x:.3g}} {unit.name}<extra></extra>",
+                "hovertemplate": f"%{{y:.0f}} % of {noun} below %{{x:.3g}} {unit.name}<extra></extra>",
             }
         )
     layout: Json = {
         "xaxis": log_axis(f"Rate, {unit.name}", [float(v[i]) / unit.factor for v in found.values() for i in (0, -1)]),
-        "yaxis": axis("Transfers below, %", range=[0, 100]),
+        "yaxis": axis(f"{noun.capitalize()} below, %", range=[0, 100]),
         "showlegend": True,
     }
-    return Figure("Rates of the links", "Bits over seconds of each transfer.", traces, layout, 430)
+    return Figure("Rates of the links", caption, traces, layout, 430)
 
 
 def panels_figure(title: str, caption: str, rounds: Sequence[tuple[int, Mapping[str, float]]]) -> Figure | None:
