@@ -106,7 +106,8 @@ class Channel:
 
     Parameters
     ----------
-    area : where devices are dropped around each base station.
+    area : where devices are dropped around each base station; a device that comes nearer to a base station than the
+        area's nearest point has the path loss of that point.
     path_loss : the law, which also names its shadowing and line-of-sight probability.
     fading : the small-scale law.
     mobility : the law of motion.
@@ -266,7 +267,7 @@ class Channel:
 
     def _site_gain(self, seed: int, site: int, clients: Integers, offset: Array) -> Array:
         """Return the mean gain [n] to one base station at `offset` [n, 2], m, without antennas."""
-        distance = np.hypot(offset[..., 0], offset[..., 1])
+        distance = np.maximum(np.hypot(offset[..., 0], offset[..., 1]), self.area.nearest)
         sight = self._line_of_sight(seed, site, clients, offset, distance)
         loss = self.path_loss.loss_db(distance, self.carrier_frequency, sight)
         if self.shadowing:
@@ -337,8 +338,12 @@ def _check_channel(channel: Channel) -> None:
     _check_all(channel, at_least_one, lambda v: v >= 1.0, dict.fromkeys(at_least_one, "linear"), "at least 1 (0 dB)")
     if channel.block != "round" and not 1e-4 <= float(channel.block) < math.inf:
         raise InputError(f'block: must be "round" or seconds of at least 0.0001; got {channel.block!r}')
-    channel.sites()
-    channel.path_loss.loss_db(np.array([100.0]), channel.carrier_frequency, np.array([True]))
+    sites = channel.sites()
+    reach = channel.area.extent
+    if channel.cells > 1:
+        reach += float(np.hypot(*(sites[:, None] - sites[None, :]).T).max())
+    ends = np.array([channel.area.nearest, reach])
+    channel.path_loss.loss_db(ends, channel.carrier_frequency, np.array([True, True]))
 
 
 def _check_all(

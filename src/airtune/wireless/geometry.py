@@ -13,6 +13,9 @@ from airtune.errors import InputError
 from airtune.wireless.units import quantity
 
 Array = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+_SLACK = 1e-9  # rounding of positions on the edge
 
 
 class Area(Protocol):
@@ -22,9 +25,18 @@ class Area(Protocol):
         """Return positions [..., 2], m, for two uniforms in (0, 1) [...]: uniform over the area."""
         ...
 
+    def contains(self, positions: Array) -> Flags:
+        """Return whether positions [..., 2] lie in the area."""
+        ...
+
     @property
     def extent(self) -> float:
         """Distance from the origin to the farthest point, m."""
+        ...
+
+    @property
+    def nearest(self) -> float:
+        """Distance from the origin to the nearest point, m."""
         ...
 
 
@@ -45,10 +57,19 @@ class Disc:
         """Return uniform positions; see `Area`."""
         return _ring(u, v, self.minimum_distance, self.radius)
 
+    def contains(self, positions: Array) -> Flags:
+        """Return whether positions [..., 2] lie in the area."""
+        return _between(positions, self.minimum_distance, self.radius)
+
     @property
     def extent(self) -> float:
         """The radius, m."""
         return self.radius
+
+    @property
+    def nearest(self) -> float:
+        """The minimum distance, m."""
+        return self.minimum_distance
 
 
 @dataclass(frozen=True)
@@ -65,10 +86,19 @@ class Annulus:
         """Return uniform positions; see `Area`."""
         return _ring(u, v, self.inner, self.outer)
 
+    def contains(self, positions: Array) -> Flags:
+        """Return whether positions [..., 2] lie in the area."""
+        return _between(positions, self.inner, self.outer)
+
     @property
     def extent(self) -> float:
         """The outer radius, m."""
         return self.outer
+
+    @property
+    def nearest(self) -> float:
+        """The inner radius, m."""
+        return self.inner
 
 
 @dataclass(frozen=True)
@@ -85,10 +115,19 @@ class UniformDistance:
         """Return positions uniform in distance; see `Area`."""
         return _polar(self.inner + (self.outer - self.inner) * u, v)
 
+    def contains(self, positions: Array) -> Flags:
+        """Return whether positions [..., 2] lie in the area."""
+        return _between(positions, self.inner, self.outer)
+
     @property
     def extent(self) -> float:
         """The outer radius, m."""
         return self.outer
+
+    @property
+    def nearest(self) -> float:
+        """The inner radius, m."""
+        return self.inner
 
 
 @dataclass(frozen=True)
@@ -120,10 +159,21 @@ class Hexagon:
         stretch = np.maximum(1.0, self.minimum_distance / np.maximum(distance, 1e-9))
         return np.stack([x * stretch, y * stretch], axis=-1)
 
+    def contains(self, positions: Array) -> Flags:
+        """Return whether positions [..., 2] lie in the area."""
+        normals = np.array([[1.0, 0.0], [0.5, math.sqrt(0.75)], [-0.5, math.sqrt(0.75)]])
+        within = (np.abs(positions @ normals.T) <= self.inter_site_distance / 2.0 * (1.0 + _SLACK)).all(axis=-1)
+        return within & (np.hypot(positions[..., 0], positions[..., 1]) >= self.minimum_distance * (1.0 - _SLACK))
+
     @property
     def extent(self) -> float:
         """From the centre to a corner, m."""
         return self.inter_site_distance / math.sqrt(3.0)
+
+    @property
+    def nearest(self) -> float:
+        """The minimum distance, m."""
+        return self.minimum_distance
 
 
 AREAS: dict[str, type[Area]] = {
@@ -159,6 +209,11 @@ def _ring(u: Array, v: Array, inner: float, outer: float) -> Array:
 def _polar(radius: Array, turn: Array) -> Array:
     angle = 2.0 * np.pi * turn
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+
+
+def _between(positions: Array, inner: float, outer: float) -> Flags:
+    distance = np.hypot(positions[..., 0], positions[..., 1])
+    return (distance >= inner * (1.0 - _SLACK)) & (distance <= outer * (1.0 + _SLACK))
 
 
 def _check_ring(inner: float, outer: float, inner_name: str, outer_name: str) -> None:
