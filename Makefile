@@ -37,7 +37,8 @@ test-all: .venv/test.stamp
 	$(FETCH)
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow" $(PYTEST_ARGS)
 
-lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1  # do not ask whether there is a newer pyright
+# No question to the network whether there is a newer pyright.
+lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
