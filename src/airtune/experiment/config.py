@@ -206,7 +206,8 @@ def _same(name: str, other: str) -> bool:
 
 def _set(tables: Plain, path: Sequence[str], value: Any) -> None:
     """Set a dotted name; a name on its way that is short for a table (``partition = "iid"``) becomes that table."""
-    for depth, key in enumerate(path[:-1]):
+    for depth, name in enumerate(path[:-1]):
+        key = _spelled(tables, name)
         inner = tables.get(key, {})
         if isinstance(inner, str):
             inner = {"name" if depth == 0 and key == "method" else "type": inner}
@@ -214,7 +215,12 @@ def _set(tables: Plain, path: Sequence[str], value: Any) -> None:
             raise InputError(f"{'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a table")
         tables[key] = dict(cast("Plain", inner))
         tables = tables[key]
-    tables[path[-1]] = value
+    tables[_spelled(tables, path[-1])] = value
+
+
+def _spelled(tables: Plain, name: str) -> str:
+    """Return a key as the file spells it: ``-`` and ``_`` are equal on the command line."""
+    return next((key for key in tables if _same(key, name)), name)
 
 
 # ------------------------------------------------------------------------------------------------------------ sections

@@ -1,0 +1,160 @@
+"""`airtune run` and `airtune compare`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from airtune.cli.arguments import Arguments, listed, numbers
+from airtune.cli.progress import Display, say
+from airtune.errors import InputError, NoResultError
+from airtune.experiment.compare import Compared, Comparison, parse_tune
+from airtune.experiment.config import ExperimentFile, read_file
+
+NO_RESULT = 3
+
+
+def experiment_file(arguments: Arguments) -> ExperimentFile:
+    """Return the experiment file of a command with the command line's overrides."""
+    overrides: dict[str, Any] = dict(arguments.overrides)
+    if arguments.values.get("seed") is not None:
+        overrides["seed"] = arguments.seed
+    return read_file(Path(arguments.experiment), overrides)
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def run(arguments: Arguments) -> int:
+    """Run one experiment, or resume one."""
+    if arguments.resume is not None:
+        head, folder = _resume(arguments)
+    else:
+        head, folder = _start(arguments)
+    from airtune.report.page import write_run_report
+
+    page = write_run_report(folder)
+    final = head["final"]
+    metric = f"{head['metric']} {final[head['metric']]:.3f}, " if final.get(head["metric"]) is not None else ""
+    say(f"done: {metric}{final['time_s']:.1f} fleet seconds, {final['energy_j']:.1f} J; {page}")
+    if arguments.json:
+        print(json.dumps(head))
+    return 0
+
+
+def _start(arguments: Arguments) -> tuple[Mapping[str, Any], Path]:
+    if arguments.experiment is None:
+        raise InputError("EXPERIMENT.toml: is missing; valid: airtune run EXPERIMENT.toml, or airtune run --resume DIR")
+    experiment = experiment_file(arguments).experiment(arguments.method)
+    default = Path("runs") / f"{experiment.name}-{experiment.label}-{experiment.seed}"
+    folder = Path(arguments.out) if arguments.out else default
+    from airtune.experiment.build import Workshop
+    from airtune.experiment.run import Session, start
+
+    with _resumable(folder), _display() as display:
+        return start(experiment, folder, Session(Workshop(), display, arguments.line)), folder
+
+
+def _resume(arguments: Arguments) -> tuple[Mapping[str, Any], Path]:
+    given = [name for name in ("experiment", "method", "seed", "out") if arguments.values.get(name) is not None]
+    other = [f"--{name}" for name in arguments.overrides if not name.startswith("stop.")]
+    if given or other:
+        what = given[0] if given[:1] == ["experiment"] else (f"--{given[0]}" if given else other[0])
+        raise InputError(f"--resume: takes no {what}, the run keeps its configuration; valid: --stop.FIELD VALUE")
+    limits = {name.removeprefix("stop."): value for name, value in arguments.overrides.items()}
+    folder = Path(arguments.resume)
+    from airtune.experiment.build import Workshop
+    from airtune.experiment.run import Session, resume
+
+    with _resumable(folder), _display() as display:
+        return resume(folder, limits, Session(Workshop(), display, arguments.line)), folder
+
+
+@contextlib.contextmanager
+def _resumable(folder: Path) -> Generator[None]:
+    """Add to an interruption how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (folder / "run.json").is_file():
+            hint = f"to go on: airtune run --resume {shlex.quote(str(folder))}"
+            raise KeyboardInterrupt(hint) from None
+        raise
+
+
+@contextlib.contextmanager
+def _display() -> Generator[Display]:
+    display = Display()
+    try:
+        yield display
+    finally:
+        display.close()
+
+
+# ------------------------------------------------------------------------------------------------------------- compare
+
+
+def compare(arguments: Arguments) -> int:
+    """Run several methods with several seeds, and write the comparison."""
+    file = experiment_file(arguments)
+    default = (file.default_method(), *file.variants)
+    comparison = Comparison(
+        file=file,
+        methods=listed(arguments.methods) if arguments.methods is not None else default,
+        seeds=_seeds(arguments, file),
+        tune=parse_tune(arguments.tune),
+        out=Path(arguments.out) if arguments.out else Path("runs") / f"{file.name}-compare",
+    )
+    target = _target(arguments, file)
+    from airtune.experiment.build import Workshop
+    from airtune.experiment.compare import compare as run_all
+    from airtune.experiment.run import Session
+
+    with _display() as display:
+        compared = run_all(comparison, Session(Workshop(), display))
+    _write_comparison(compared, comparison, target, print_json=arguments.json)
+    for folder, reason in compared.failed.items():
+        say(f"failed: {folder}: {' '.join(reason.split())}")
+    return NO_RESULT if compared.failed else 0
+
+
+def _write_comparison(compared: Compared, comparison: Comparison, target: float | None, *, print_json: bool) -> None:
+    from airtune.report.cells import render_table
+    from airtune.report.load import CompareSummary, load_runs
+    from airtune.report.page import write_compare_report
+    from airtune.report.tables import compare_summary, write_compare_files
+
+    runs = load_runs([folder for folder in compared.folders if (folder / "rounds.jsonl").is_file()])
+    try:
+        summary = compare_summary(runs, target, out_dir=comparison.out)
+    except InputError as error:
+        raise NoResultError(f"{comparison.out}: nothing to compare: {error}") from error
+    stored = cast("CompareSummary", {**summary, "tuned": compared.tuned} if compared.tuned else summary)
+    write_compare_files(comparison.out, stored)
+    page = write_compare_report(comparison.out, runs, summary)
+    with _display() as display:
+        display.screen.print(render_table(summary))
+    for method, values in compared.tuned.items():
+        say(f"tuned: {method}: " + ", ".join(f"{name} = {value}" for name, value in values.items()))
+    say(f"done: {page}")
+    if print_json:
+        print(json.dumps(stored))
+
+
+def _seeds(arguments: Arguments, file: ExperimentFile) -> tuple[int, ...]:
+    if arguments.seeds is not None:
+        return numbers(arguments.seeds, "--seeds")
+    return (file.experiment().seed,)
+
+
+def _target(arguments: Arguments, file: ExperimentFile) -> float | None:
+    if arguments.target is None:
+        return file.experiment().stop.target
+    try:
+        return float(arguments.target)
+    except ValueError as error:
+        raise InputError(f"--target: cannot read {arguments.target!r}; valid: a number") from error

@@ -1,0 +1,217 @@
+"""Several methods in one world: same data split, same seeds, same evaluation rows, same fleet seconds.
+
+The rules, so that a reader can check them by hand:
+
+* every method runs with every seed; runs of one seed share partition, fading, motion and availability, because these
+  are functions of the seed alone;
+* the first method of a seed runs until [stop]; the others of that seed get the same fleet seconds: [stop].fleet_seconds
+  if that ended the first run, otherwise the time at which the first run ended. Their number of rounds is free. If the
+  first method fails, the next one takes its place;
+* [stop].target ends no run of a comparison: it is the default of ``--target``, measured afterwards;
+* ``--tune FIELD=v1,v2`` runs each method once for each value with the first seed, measured on validation rows (never on
+  test rows), and keeps the value whose last evaluation is best. Fleet seconds are shared there as well. Validation
+  rows are taken out of the training rows of all runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from airtune.errors import InputError, NoResultError
+from airtune.experiment.config import Experiment, ExperimentFile
+from airtune.experiment.run import Session, start
+from airtune.experiment.sections import StopLimits
+from airtune.experiment.store import RunStore, make_output_folder
+
+RUNS_FOLDER = "runs"
+TUNE_FOLDER = "tune"
+LARGEST_VALIDATION = (
+    500  # rows taken for --tune where the file sets none: a tenth of the training rows, at most so many
+)
+
+Values = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes
+    ----------
+    file : the experiment. methods : names of methods or variants, the first is the reference. seeds : all of them.
+    tune : dotted field -> values to try.
+    out : folder of the results.
+    """
+
+    file: ExperimentFile
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    tune: Mapping[str, tuple[str, ...]]
+    out: Path
+
+    def __post_init__(self) -> None:
+        """Refuse empty lists and repetitions."""
+        for name, values in (("--methods", self.methods), ("--seeds", self.seeds)):
+            if not values:
+                raise InputError(f"{name}: is empty; valid: a list like a,b,c")
+            if len(set(values)) < len(values):
+                raise InputError(f"{name}: names something twice; valid: each once")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What came of it.
+
+    folders : of all runs, in order. failed : folder -> why. tuned : method -> chosen values.
+    """
+
+    folders: tuple[Path, ...]
+    failed: Mapping[Path, str]
+    tuned: Mapping[str, Values]
+
+
+@dataclass
+class _Budget:
+    """The fleet seconds that the runs of one seed share: set by the first of them that ends well."""
+
+    limits: StopLimits
+    seconds: float | None = None
+
+    def next(self) -> StopLimits:
+        if self.seconds is None:
+            return self.limits
+        return StopLimits(rounds=None, fleet_seconds=self.seconds)
+
+    def spent(self, time: float) -> None:
+        if self.seconds is None:
+            limit = self.limits.fleet_seconds
+            self.seconds = time if limit is None else min(limit, time)
+
+
+def compare(comparison: Comparison, session: Session) -> Compared:
+    """Run everything and return what came of it; a run that fails does not stop the others.
+
+    Raises
+    ------
+    InputError : bad input, found before the first run; or every run failed because of it.
+    """
+    experiments = {method: _prepared(comparison, method, session) for method in comparison.methods}
+    make_output_folder(comparison.out)
+    tuned = _tune(comparison, experiments, session) if comparison.tune else {}
+    folders: list[Path] = []
+    failed: dict[Path, str] = {}
+    errors: list[Exception] = []
+    for seed in comparison.seeds:
+        budget = _Budget(replace(experiments[comparison.methods[0]].stop, target=None))
+        for method in comparison.methods:
+            experiment = _chosen(comparison, experiments[method], method, seed, tuned.get(method, {}))
+            folder = comparison.out / RUNS_FOLDER / f"{method}-{seed}"
+            folders.append(folder)
+            try:
+                _one(replace(experiment, stop=budget.next()), folder, session, budget)
+            except (InputError, NoResultError) as error:
+                failed[folder] = str(error)
+                errors.append(error)
+    stored = tuple(folder for folder in folders if (folder / "run.json").is_file())
+    if not stored:
+        raise errors[0]
+    return Compared(stored, failed, tuned)
+
+
+def parse_tune(settings: Sequence[str], option: str = "--tune") -> dict[str, tuple[str, ...]]:
+    """Return dotted field -> values of ``FIELD=v1,v2`` texts.
+
+    Raises
+    ------
+    InputError : a text without a field or without values.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for text in settings:
+        name, sign, values = text.partition("=")
+        listed = tuple(value.strip() for value in values.split(",") if value.strip())
+        if not sign or not listed or "." not in name:
+            raise InputError(
+                f"{option}: cannot read {text!r}; valid: FIELD=v1,v2 as in training.learning_rate=1e-4,1e-3"
+            )
+        found[name.strip().removeprefix("--").replace("-", "_")] = listed
+    return found
+
+
+def _prepared(comparison: Comparison, method: str, session: Session) -> Experiment:
+    """Return a method's experiment (and check all tuned values), with validation rows if it is tuned."""
+    for values in combinations(comparison.tune):
+        comparison.file.experiment(method, **_changes(values))
+    experiment = comparison.file.experiment(method)
+    if comparison.tune and experiment.data.validation_rows == 0:
+        rows = len(session.workshop.tokens(experiment.data, experiment.model).train)
+        count = max(1, min(LARGEST_VALIDATION, rows // 10))
+        experiment = replace(experiment, data=replace(experiment.data, validation_rows=count))
+    return experiment
+
+
+def _chosen(comparison: Comparison, base: Experiment, method: str, seed: int, values: Values) -> Experiment:
+    experiment = comparison.file.experiment(method, seed=seed, **_changes(values))
+    return replace(experiment, data=base.data)
+
+
+def _one(experiment: Experiment, folder: Path, session: Session, budget: _Budget) -> float | None:
+    """Run one experiment and return its last value of the metric."""
+    head = start(experiment, folder, session)
+    budget.spent(float(head["final"]["time_s"]))
+    return head["final"].get(head["metric"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- tune
+
+
+def combinations(settings: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:
+    """Yield every combination of the values of several fields."""
+    for values in itertools.product(*settings.values()):
+        yield dict(zip(settings, values, strict=True))
+
+
+@dataclass
+class _Trials:
+    """The runs of one method with different values."""
+
+    direction: str
+    results: list[tuple[float, int, Values]] = field(default_factory=list[tuple[float, int, Values]])
+
+    def add(self, value: float, values: Values) -> None:
+        self.results.append((value if self.direction == "min" else -value, len(self.results), values))
+
+    def best(self) -> Values | None:
+        return min(self.results, key=lambda entry: entry[:2])[2] if self.results else None
+
+
+def _tune(comparison: Comparison, experiments: Mapping[str, Experiment], session: Session) -> dict[str, Values]:
+    """Return each method's best values, by validation rows, with the first seed."""
+    budget = _Budget(replace(experiments[comparison.methods[0]].stop, target=None))
+    tuned: dict[str, Values] = {}
+    for method in comparison.methods:
+        limits = budget.next()
+        trials: _Trials | None = None
+        for index, values in enumerate(combinations(comparison.tune)):
+            folder = comparison.out / TUNE_FOLDER / f"{method}-{index}"
+            experiment = _chosen(comparison, experiments[method], method, comparison.seeds[0], values)
+            experiment = replace(experiment, stop=limits, evaluation=replace(experiment.evaluation, split="validation"))
+            try:
+                value = _one(experiment, folder, session, budget)
+            except NoResultError:
+                continue  # a value with which the method diverges is not its best one
+            trials = trials or _Trials(str(RunStore(folder).read_head()["direction"]))
+            if value is not None:
+                trials.add(value, values)
+        best = trials.best() if trials else None
+        if best is None:
+            raise NoResultError(f"--tune: {method} reached no result with any of the values")
+        tuned[method] = best
+    return tuned
+
+
+def _changes(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.replace(".", "__"): value for name, value in values.items()}
