@@ -183,6 +183,28 @@ def test_an_interrupted_run_and_a_run_without_rounds_have_a_page(tmp_path: Path)
     assert "legend has no evaluation yet" in write_run_report(folder).read_text()
 
 
+def test_commands_errors_and_tuned_values_are_shown(tmp_path: Path) -> None:
+    folder = write_compare(tmp_path, ("legend", "fedit"), seeds=1)
+    runs = load_runs([folder])
+    composed = "airtune compare EXPERIMENT.toml --methods fedit,legend --seeds 0"
+    assert composed in write_report([folder]).read_text()
+    for run in runs:
+        head = json.loads((run.path / "run.json").read_text())
+        head |= {"command": "airtune compare quick.toml --seeds 0", "git": "abc123-dirty"}
+        (run.path / "run.json").write_text(json.dumps(head))
+    head |= {"status": "failed", "error": "diverged in round 3"}
+    (run.path / "run.json").write_text(json.dumps(head))
+    summary = compare_summary(load_runs([folder]), out_dir=folder)
+    summary["tuned"] = {"legend": {"training.learning_rate": "0.001"}}
+    write_compare_files(folder, summary)
+    text = write_report([folder]).read_text()
+    assert composed not in text
+    assert "airtune compare quick.toml --seeds 0" in text
+    assert "abc123-dirty" in text
+    assert "&#39;failed&#39; (diverged in round 3)" in text
+    assert "legend training.learning_rate" in text
+
+
 def test_a_run_without_optional_data_has_no_empty_figures(tmp_path: Path) -> None:
     run = load_run(write_run(tmp_path / "run", with_fleet=False))
     figures = run_figures(run)

@@ -73,6 +73,8 @@ def make_run(
         final={},
         export=None,
         command=None,
+        git=None,
+        error=None,
         fleet=(),
         curves=(),
         rounds=tuple(make_round(i, i * step, value, metric) for i, value in enumerate(values)),

@@ -57,6 +57,8 @@ def load_run(path: str | Path) -> Run:
         final=head.numbers_of("final"),
         export=head.values.get("export"),
         command=_command(head),
+        git=head.text("git", "") if head.values.get("git") else None,
+        error=head.text("error", "") if head.values.get("error") else None,
         fleet=tuple(_fleet_client(item) for item in head.objects("fleet", required=False)),
         curves=tuple(read_curve(item) for item in head.objects("curves", required=False)),
         rounds=rounds,
@@ -100,7 +102,7 @@ def load_summary(path: str | Path) -> CompareSummary | None:
     if not file.is_file():
         return None
     head = read_object(file)
-    return {
+    summary: CompareSummary = {
         "schema": head.integer("schema"),
         "metric": head.text("metric"),
         "direction": head.text("direction"),
@@ -108,6 +110,10 @@ def load_summary(path: str | Path) -> CompareSummary | None:
         "target_source": head.text("target_source"),
         "runs": [_compare_run(item) for item in head.objects("runs")],
     }
+    tuned = Fields(f"{head.where}: tuned", head.mapping("tuned", required=False))
+    if tuned.values:
+        summary["tuned"] = {m: {k: str(v) for k, v in tuned.mapping(m).items()} for m in tuned.values}
+    return summary
 
 
 def read_curve(item: Fields) -> Curve:

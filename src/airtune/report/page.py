@@ -65,7 +65,10 @@ def write_report(paths: Sequence[str | Path], out_dir: str | Path | None = None,
     stored = load_summary(paths[0]) if len(paths) == 1 else None
     if target is None and stored is not None and stored["target_source"] == "given":
         target = stored["target"]
-    return write_compare_report(folder, runs, compare_summary(runs, target, out_dir=folder))
+    summary = compare_summary(runs, target, out_dir=folder)
+    if stored is not None and "tuned" in stored:
+        summary["tuned"] = stored["tuned"]
+    return write_compare_report(folder, runs, summary)
 
 
 def write_run_report(run_dir: str | Path) -> Path:
@@ -97,10 +100,14 @@ def compare_page(runs: Sequence[Run], summary: CompareSummary) -> Page:
     """Return the page of a comparison."""
     figures = _learning(runs, summary["target"]) | {"costs": cost_figure(summary)}
     ratios = ratio_figure(summary)
+    tuned = summary.get("tuned", {})
     blocks: list[FigureSlot | Table] = [_compare_table(runs, summary), FigureSlot("costs", wide=True)]
     if ratios is not None:
         figures["ratios"] = ratios
         blocks += [_ratio_table(summary), FigureSlot("ratios", wide=True)]
+    if tuned:
+        rows = [[f"{method} {field}", value] for method, chosen in tuned.items() for field, value in chosen.items()]
+        blocks.append(Table([], rows, "Chosen by --tune on validation rows", align="left", plain=True))
     seeds = len({run.seed for run in runs})
     curves = (
         f"Strong line: mean over {seeds} seeds. Thin lines: the seeds. Band: lowest to highest seed. "
@@ -210,9 +217,13 @@ def _banners(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         name = f"{run.method}, seed {run.seed}: " if len(runs) > 1 else ""
         if run.status != "done":
-            found.append(f"{name}the run's status is {run.status!r}; what follows is what it left behind.")
+            found.append(f"{name}the run's status is {run.status!r}{_why(run)}; what follows is what it left behind.")
         found += [f"{name}{warning}." for warning in run.warnings]
     return found
+
+
+def _why(run: Run) -> str:
+    return f" ({run.error})" if run.error else ""
 
 
 def _learning(runs: Sequence[Run], target: float | None) -> dict[str, Figure]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
+
+PREDICTED = ("predicted_round_s", "predicted_s")  # names under which planners note the length of their round
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,12 @@ class Round:
     diagnostics: dict[str, float]
     notes: dict[str, object]
 
+    @property
+    def predicted_s(self) -> float | None:
+        """The round's length as the planner noted it, seconds; None where it noted none."""
+        found = [self.notes.get(name) for name in PREDICTED]
+        return next((float(value) for value in found if isinstance(value, int | float)), None)
+
     def value(self, metric: str) -> float | None:
         """Return the evaluated value of ``"accuracy"`` or ``"loss"``."""
         return self.accuracy if metric == "accuracy" else self.loss
@@ -120,6 +128,7 @@ class Run:
     config : the resolved configuration, nested plain data.
     final : the totals that run.json holds.
     command : the command line that made the run (optional key `command`: a text, or a list of texts).
+    git, error : the revision the run was made with, and why it failed (optional keys).
     rounds : every readable line of rounds.jsonl, in order.
     host_seconds : total host seconds by name, summed over timings.jsonl.
     warnings : what could not be read although the run as a whole can, one sentence each.
@@ -137,6 +146,8 @@ class Run:
     final: dict[str, float]
     export: object
     command: str | None
+    git: str | None
+    error: str | None
     fleet: tuple[FleetClient, ...]
     curves: tuple[Curve, ...]
     rounds: tuple[Round, ...]
@@ -166,7 +177,10 @@ class CompareRun(TypedDict):
 
 
 class CompareSummary(TypedDict):
-    """The content of compare.json. `target_source` is ``"given"`` or ``"default"`` (see `tables.default_target`)."""
+    """The content of compare.json. `target_source` is ``"given"`` or ``"default"`` (see `tables.default_target`).
+
+    `tuned` : method -> field -> the value that ``--tune`` chose for it.
+    """
 
     schema: int
     metric: str
@@ -174,3 +188,4 @@ class CompareSummary(TypedDict):
     target: float
     target_source: str
     runs: list[CompareRun]
+    tuned: NotRequired[dict[str, dict[str, str]]]

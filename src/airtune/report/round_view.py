@@ -53,7 +53,6 @@ def spaced(items: Sequence[Item], most: int) -> list[Item]:
 
 def _round_json(line: Round, devices: dict[int, str]) -> Json:
     slowest = sorted(line.clients, key=lambda row: (busy(row), row.client))[-CLIENTS_IN_VIEW:]
-    predicted = line.notes.get("predicted_s")
     return {
         "round": line.number,
         "duration_s": line.duration_s,
@@ -62,7 +61,7 @@ def _round_json(line: Round, devices: dict[int, str]) -> Json:
         "arrived": len(line.arrived),
         "dropped": [{"client": item.client, "reason": item.reason} for item in line.dropped[:CLIENTS_IN_VIEW]],
         "lost": len(line.dropped),
-        "predicted_s": predicted if isinstance(predicted, int | float) else None,
+        "predicted_s": line.predicted_s,
         "of_clients": len(line.clients),
         "device": [devices.get(row.client, "") for row in slowest],
         **client_columns(slowest),

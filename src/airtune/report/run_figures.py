@@ -8,7 +8,7 @@ import numpy as np
 
 from airtune.report.figures import Figure, Json, axis, colour, log_axis, marker, rounded
 from airtune.report.quantities import decibel, digits, energy_unit, rate_unit, time_unit
-from airtune.report.records import Curve, FleetClient, Round, Run
+from airtune.report.records import PREDICTED, Curve, FleetClient, Round, Run
 from airtune.report.round_view import spaced
 
 POINTS_ON_MAP = 3000
@@ -62,15 +62,15 @@ def duration_figure(trained: Sequence[Round]) -> Figure | None:
             "hovertemplate": f"mean of rounds 1 to %{{x}}: %{{y:.4g}} {unit.name}<extra></extra>",
         },
     ]
-    predicted = [line.notes.get("predicted_s") for line in trained]
-    if any(isinstance(value, int | float) for value in predicted):
+    predicted = [line.predicted_s for line in trained]
+    if any(value is not None for value in predicted):
         traces.append(
             {
                 "type": "scatter",
                 "mode": "markers",
                 "name": "predicted by the planner",
                 "x": numbers,
-                "y": rounded([float(v) / unit.factor if isinstance(v, int | float) else None for v in predicted]),
+                "y": rounded([None if value is None else value / unit.factor for value in predicted]),
                 "marker": {"color": "var(--ink)", "size": 5, "symbol": "line-ew-open"},
                 "hovertemplate": f"predicted %{{y:.4g}} {unit.name}<extra></extra>",
             }
@@ -308,7 +308,7 @@ def _numeric_notes(trained: Sequence[Round]) -> list[dict[str, float]]:
         {
             name: float(value)
             for name, value in line.notes.items()
-            if isinstance(value, int | float) and not isinstance(value, bool) and name != "predicted_s"
+            if isinstance(value, int | float) and not isinstance(value, bool) and name not in PREDICTED
         }
         for line in trained
     ]

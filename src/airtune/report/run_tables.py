@@ -76,6 +76,7 @@ def configuration(run: Run, entry: int | None) -> list[Block]:
 def versions_table(run: Run, more: Sequence[Table], entry: int | None) -> Block:
     """Return versions, status and export, folded away, and further tables behind them."""
     rows = [["airtune", run.airtune], ["status", run.status], ["folder", run.path.name]]
+    rows += [["git revision", run.git]] if run.git else []
     rows += [[key, text] for key, text in flat(run.versions) if key != "airtune"]
     if run.export is not None:
         rows += [[f"export {key}".strip(), text] for key, text in flat(run.export)]
@@ -90,9 +91,12 @@ def host_table(run: Run) -> Table:
 
 def repeat_command(runs: Sequence[Run], summary: CompareSummary | None) -> str:
     """Return the command that repeats the runs: as stored, else put together from what run.json holds."""
+    stored = {run.command for run in runs}
+    if len(stored) == 1 and (command := stored.pop()) is not None:
+        return command
     if summary is None:
         run = runs[0]
-        return run.command or f"airtune run EXPERIMENT.toml --method {shlex.quote(run.method)} --seed {run.seed}"
+        return f"airtune run EXPERIMENT.toml --method {shlex.quote(run.method)} --seed {run.seed}"
     methods = ",".join(method_names(summary))
     seeds = ",".join(str(seed) for seed in dict.fromkeys(run.seed for run in runs))
     target = f" --target {summary['target']:g}" if summary["target_source"] == "given" else ""
