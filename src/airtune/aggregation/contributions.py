@@ -14,16 +14,20 @@ import numpy as np
 
 from airtune.aggregation.mean import Absent, Weights, client_weights
 from airtune.errors import InputError
-from airtune.lora import AdapterSlice, Indices, LoraFactors, stack
+from airtune.lora import BOTH, AdapterSlice, Indices, LoraFactors, stack
 from airtune.types import ClientUpdate, RoundOutcome, ServerModel
 
 
 @dataclass(frozen=True)
 class Contributions:
-    """The products of one slot and their weights, which sum to 1 (to less under ``absent="zero"``)."""
+    """The products of one slot and their weights, which sum to 1 (to less under ``absent="zero"``).
+
+    whole : whether every part holds all components in the server's order, with A and B as they were averaged.
+    """
 
     parts: tuple[LoraFactors, ...]
     weights: tuple[float, ...]
+    whole: bool = False
 
     def stacked(self) -> LoraFactors:
         """Return factors of the weighted sum of the products: exact, of the summed rank."""
@@ -61,13 +65,14 @@ def contributions(
         missing = current if absent == "unchanged" else None
         kept = [(missing if part is None else part, weight) for part, weight in parts]
         pairs = [(part, weight) for part, weight in kept if part is not None]
-        found[slot] = Contributions(tuple(part for part, _ in pairs), tuple(weight for _, weight in pairs))
+        whole = all(_is_whole(current, update, slot) for update, owns in zip(updates, owners, strict=True) if owns)
+        found[slot] = Contributions(tuple(part for part, _ in pairs), tuple(weight for _, weight in pairs), whole)
     return found
 
 
-def equal_ranks(found: Contributions) -> bool:
-    """Return whether all parts have one rank."""
-    return len({part.rank for part in found.parts}) == 1
+def _is_whole(current: LoraFactors, update: ClientUpdate, slot: str) -> bool:
+    send, values = update.task.send, update.values.factors[slot]
+    return send.kept(slot) == current.rank and send.tensors == BOTH and values.scaling == current.scaling
 
 
 def _product_of(current: LoraFactors, update: ClientUpdate, slot: str) -> LoraFactors | None:

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from airtune.aggregation.declaring import DeclaringAggregator, exchange_of, prepared
 from airtune.aggregation.mean import Mean
-from airtune.aggregation.registry import DeclaringAggregator, exchange_of, prepared
 from airtune.capabilities import Trait, compatible
 from airtune.compression.dense import Dense
 from airtune.errors import InputError

@@ -1,0 +1,63 @@
+"""What an aggregator may say about itself, so that it can stand under any planner, or be refused with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+from airtune.capabilities import Trait
+from airtune.federation import Prepares
+from airtune.lora import Exchange
+from airtune.types import Aggregator, RoundOutcome, ServerModel
+
+
+@runtime_checkable
+class DeclaringAggregator(Protocol):
+    """An aggregator that says what it cannot take, so that it can stand under any planner that fits."""
+
+    @property
+    def refuses(self) -> Mapping[Trait, str]:
+        """Return the traits of plans that it cannot take, each with the reason."""
+        ...
+
+    def __call__(self, model: ServerModel, outcome: RoundOutcome) -> ServerModel:
+        """Return the next model; without updates, the model as it is."""
+        ...
+
+
+@runtime_checkable
+class ChoosesFactors(Protocol):
+    """An aggregator whose clients do not all download, train and upload both factors."""
+
+    def exchange(self, round_index: int) -> Exchange:
+        """Return what is exchanged in a round (from 1)."""
+        ...
+
+
+@runtime_checkable
+class DeclaresLinear(Protocol):
+    """An aggregator that says whether all it needs of the clients is one weighted sum of what they send.
+
+    Only such a sum can be formed under secure aggregation, and only to such a sum can noise be added that hides a
+    client. An aggregator that does not say so counts as not linear.
+    """
+
+    @property
+    def linear(self) -> bool:
+        """Return whether the clients enter through one weighted sum of their uploads, with known weights."""
+        ...
+
+
+def exchange_of(aggregator: Aggregator, round_index: int) -> Exchange:
+    """Return what an aggregator wants exchanged in a round: both factors if it does not say."""
+    return aggregator.exchange(round_index) if isinstance(aggregator, ChoosesFactors) else Exchange()
+
+
+def prepared(aggregator: Aggregator, model: ServerModel) -> ServerModel:
+    """Return the model that an aggregator wants to start from: the given one if it does not say."""
+    return aggregator.prepare(model) if isinstance(aggregator, Prepares) else model
+
+
+def is_linear(aggregator: Aggregator) -> bool:
+    """Return whether an aggregator says that it is linear."""
+    return isinstance(aggregator, DeclaresLinear) and aggregator.linear

@@ -1,0 +1,171 @@
+"""Rules that average the factors and make up for what the average leaves out: FedEx-LoRA and LoRA-FAIR."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from airtune.aggregation.algebra import mean_residual, ridge_correction
+from airtune.aggregation.contributions import Contributions, contributions
+from airtune.aggregation.mean import Absent, Weights, client_weights, in_client_order, mean_adapter
+from airtune.aggregation.merging import factor_bits, merged
+from airtune.aggregation.stacking import SKETCH_REASON
+from airtune.capabilities import Trait
+from airtune.errors import InputError, unknown_name
+from airtune.lora import Adapter, LoraFactors, stack
+from airtune.types import ClientUpdate, RoundOutcome, ServerModel
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ResidualMerge:
+    """FedEx-LoRA's rule (arXiv 2410.09432): factors are averaged, what the average leaves out goes into the base.
+
+    The adapter becomes (mean of A, mean of B) and goes on training; the residual ``sum_k p_k s_k B_k A_k - s B A`` is
+    merged. It is sent as stacked factors, of rank (K - 1) r for equal ranks (the authors send it dense).
+
+    Parameters
+    ----------
+    weights : p_k, "examples" or "uniform".
+    absent : what a client without a component counts as, in the average and in the products. Unequal ranks are exact
+        too [choice; the paper has equal ranks]: the residual is then of rank sum_k r_k + r.
+    rank : None: the whole residual; else its best approximation of this rank (the paper's inexact variant).
+    """
+
+    weights: Weights = "examples"
+    absent: Absent = "excluded"
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the rank."""
+        if self.rank is not None and self.rank < 1:
+            raise InputError(f"method.residual_rank: {self.rank} is no rank; valid: 1 or more, or none")
+
+    @property
+    def refuses(self) -> Mapping[Trait, str]:
+        """Return what this rule cannot take."""
+        return {Trait.SKETCH: SKETCH_REASON}
+
+    def __call__(self, model: ServerModel, outcome: RoundOutcome) -> ServerModel:
+        """Return the next model."""
+        updates = in_client_order(outcome.updates)
+        if not updates:
+            return model
+        adapter = _mean(model, updates, outcome, self.weights, self.absent)
+        found = contributions(model, updates, outcome, self.weights, self.absent)
+        additions = {slot: residual_of(part, adapter.factors[slot]) for slot, part in found.items()}
+        if self.rank is not None:
+            additions = {slot: part.truncate(self.rank) for slot, part in additions.items()}
+        additions = {slot: part for slot, part in additions.items() if part.rank > 0}
+        return merged(model, adapter, additions, factor_bits(additions))
+
+
+Correction = Literal["closed-form", "published"]
+
+
+@dataclass(frozen=True)
+class RidgeCorrection:
+    """LoRA-FAIR's rule (arXiv 2411.14961): A is averaged, and B is corrected so that the product comes closer.
+
+    ``D = argmin S(sum_k p_k s_k B_k A_k, s (B + D) A) + strength ||D||^2``, B and A being the means; B + D is sent.
+
+    Parameters
+    ----------
+    weights : p_k, "examples" or "uniform".
+    strength : of the penalty on D.
+    correction : "closed-form": S is the squared Frobenius distance [choice], a ridge regression, no dense update.
+        "published": S is one minus the cosine of each column, gradient descent from D = 0 (the code of others starts
+        from random values, which leaves noise in B); it forms the dense update.
+    iterations, learning_rate : of the published correction.
+
+    Clients with fewer components are padded with zeros, in the average and in the products.
+    """
+
+    weights: Weights = "examples"
+    strength: float = 0.01
+    correction: Correction = "closed-form"
+    iterations: int = 1000
+    learning_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Check names and numbers."""
+        if self.correction not in ("closed-form", "published"):
+            raise unknown_name("method.correction", self.correction, ("closed-form", "published"))
+        if not self.strength > 0 or not self.learning_rate > 0 or self.iterations < 1:
+            raise InputError(
+                f"method.strength, method.iterations, method.learning_rate: {self.strength:g}, {self.iterations}, "
+                f"{self.learning_rate:g} are not possible; valid: all above 0"
+            )
+
+    @property
+    def refuses(self) -> Mapping[Trait, str]:
+        """Return what this rule cannot take."""
+        return {
+            Trait.SKETCH: SKETCH_REASON,
+            Trait.PARTIAL_DEPTH: "padding a slot that a client does not have with zeros would shrink it",
+        }
+
+    def __call__(self, model: ServerModel, outcome: RoundOutcome) -> ServerModel:
+        """Return the next model."""
+        updates = in_client_order(outcome.updates)
+        if not updates:
+            return model
+        adapter = _mean(model, updates, outcome, self.weights, "zero")
+        found = contributions(model, updates, outcome, self.weights, "zero")
+        factors = dict(adapter.factors)
+        for slot, part in found.items():
+            mean = adapter.factors[slot]
+            factors[slot] = replace(mean, B=mean.B + self._change(part, mean).to(mean.B))
+        return model.updated(adapter.with_factors(factors))
+
+    def _change(self, part: Contributions, mean: LoraFactors) -> Tensor:
+        """Return D of one slot, [out_features, rank]."""
+        double = mean.cast(_double())
+        if self.correction == "published":
+            return published_correction(part, double, self.strength, self.iterations, self.learning_rate)
+        exact = replace(part, parts=tuple(p.cast(_double()) for p in part.parts))
+        return ridge_correction(residual_of(exact, double), double.A, self.strength, double.scaling)
+
+
+def residual_of(part: Contributions, mean: LoraFactors) -> LoraFactors:
+    """Return ``sum_k p_k s_k B_k A_k - delta W of the mean`` as factors: (K - 1) r of them where that is possible."""
+    if part.whole and mean.core is None and abs(sum(part.weights) - 1.0) < 1e-9:
+        return mean_residual(part.parts, part.weights)
+    return stack([*part.parts, mean], [*part.weights, -1.0])
+
+
+def published_correction(
+    part: Contributions, mean: LoraFactors, strength: float, iterations: int, learning_rate: float
+) -> Tensor:
+    """Return D by gradient descent on ``sum_j (1 - cos(target_j, s ((B + D) A)_j)) + strength ||D||_F^2``.
+
+    Columns j as in the public descendant of the authors' code; D starts at zero.
+    """
+    import torch
+
+    target = part.stacked().cast(mean.A.dtype).product()
+    change = torch.zeros_like(mean.B).requires_grad_(True)
+    for _ in range(iterations):
+        fitted = replace(mean, B=mean.B + change).product()
+        cosine = torch.nn.functional.cosine_similarity(fitted, target, dim=0)
+        loss = (1.0 - cosine).sum() + strength * change.square().sum()
+        (gradient,) = torch.autograd.grad(loss, change)
+        change = (change - learning_rate * gradient).detach().requires_grad_(True)
+    return change.detach()
+
+
+def _mean(
+    model: ServerModel, updates: list[ClientUpdate], outcome: RoundOutcome, weights: Weights, absent: Absent
+) -> Adapter:
+    by_client = client_weights(updates, outcome, weights)
+    return mean_adapter(model.adapter, updates, {s: by_client for s in model.adapter.factors}, by_client, absent)
+
+
+def _double() -> torch.dtype:
+    import torch
+
+    return torch.float64
