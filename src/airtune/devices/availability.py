@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from airtune.errors import InputError
+from airtune.errors import InputError, unknown_name
 from airtune.streams import uniform_field
+from airtune.wireless.trace import StepTable, read_steps
 from airtune.wireless.units import quantity
 
 Flags = NDArray[np.bool_]
@@ -89,6 +91,89 @@ class Diurnal:
         middle, swing = 0.5 * (self.highest + self.lowest), 0.5 * (self.highest - self.lowest)
         probability = middle + swing * np.cos(2.0 * np.pi * local / self.day)
         return uniform_field(seed, "availability.diurnal", index, slot) < probability
+
+
+@dataclass(frozen=True)
+class Markov:
+    """On and off for exponential times, independently per device.
+
+    At an anchor, every `anchor` seconds, the state starts anew from its stationary law (on with probability
+    mean_on / (mean_on + mean_off)); a query replays at most one anchor. Durations have no memory, so restarting changes
+    the law only in that the state before and after an anchor are independent.
+
+    Parameters
+    ----------
+    mean_on, mean_off : s.
+    anchor : s between anchors.
+    """
+
+    mean_on: float = quantity("30 min", "s")
+    mean_off: float = quantity("10 min", "s")
+    anchor: float = quantity("6 h", "s")
+
+    def __post_init__(self) -> None:
+        for name in ("mean_on", "mean_off", "anchor"):
+            check_positive(f"availability.{name}", getattr(self, name))
+        if self.anchor > 1e4 * min(self.mean_on, self.mean_off):
+            raise InputError("availability.anchor: must be at most 10,000 times the mean durations")
+
+    def available(self, seed: int, clients: ArrayLike, time: ArrayLike) -> Flags:
+        """Return the state of the on/off process; see `Availability`."""
+        index, epoch = _slots(clients, time, self.anchor)
+        left = np.broadcast_to(np.asarray(time, dtype=np.float64), index.shape) - epoch * self.anchor
+        start = uniform_field(seed, "availability.markov.start", epoch, index)
+        on = start < self.mean_on / (self.mean_on + self.mean_off)
+        rows, change = np.arange(index.size), 0
+        while rows.size:
+            u = uniform_field(seed, "availability.markov.duration", change, epoch[rows], index[rows])
+            left[rows] += np.log(u) * np.where(on[rows], self.mean_on, self.mean_off)
+            rows, change = rows[left[rows] > 0.0], change + 1
+            on[rows] = ~on[rows]
+        return on
+
+
+@dataclass(frozen=True)
+class TraceAvailability:
+    """Availability from a CSV file with the columns time_s, client, available (0 or 1).
+
+    Parameters
+    ----------
+    path : of the file; each client's first time is 0, a value holds until the next one.
+    after_end : "repeat" or "hold", as in `airtune.wireless.trace.TraceChannel`.
+    """
+
+    path: str
+    after_end: Literal["repeat", "hold"] = "repeat"
+
+    def __post_init__(self) -> None:
+        if self.after_end not in ("repeat", "hold"):
+            raise unknown_name("availability.after_end", self.after_end, ("repeat", "hold"))
+        values = self.table.values["available"]
+        if not np.isin(values, (0.0, 1.0)).all():
+            raise InputError(f"{self.path}: available: must be 0 or 1; got {values[~np.isin(values, (0.0, 1.0))][0]:g}")
+
+    @cached_property
+    def table(self) -> StepTable:
+        """The file's contents."""
+        return read_steps(self.path, ("available",), self.after_end == "repeat", None)
+
+    def available(self, seed: int, clients: ArrayLike, time: ArrayLike) -> Flags:
+        """Return what the file says; see `Availability`. A client without rows is an error."""
+        index, _ = _slots(clients, time, 1.0)
+        known = self.table.starts.shape[0]
+        if ((index < 0) | (index >= known)).any():
+            raise InputError(f"{self.path}: no rows for client {index.max()}; valid: 0 to {known - 1}")
+        when = np.broadcast_to(np.asarray(time, dtype=np.float64), index.shape)
+        return self.table.at("available", index, when) > 0.5
+
+
+AVAILABILITIES: dict[str, type[Availability]] = {
+    "always": Always,
+    "bernoulli": Bernoulli,
+    "markov": Markov,
+    "diurnal": Diurnal,
+    "trace": TraceAvailability,
+}
 
 
 def mode_at(seed: int, clients: ArrayLike, time: ArrayLike, mode_period_s: float, num_modes: ArrayLike) -> Integers:

@@ -9,18 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, ndtri
 
-from airtune.errors import InputError, unknown_name
+from airtune.errors import InputError
 from airtune.streams import uniform_field
 from airtune.wireless.fading import Fading, Rayleigh
 from airtune.wireless.geometry import Area, Disc, hexagonal_sites
 from airtune.wireless.mobility import Mobility, Static
 from airtune.wireless.path_loss import LogDistance, PathLoss
+from airtune.wireless.radio import Direction as Direction
+from airtune.wireless.radio import RadioChannel as RadioChannel
+from airtune.wireless.radio import check_direction
 from airtune.wireless.rate import achievable_rate
 from airtune.wireless.shadowing import correlated_normal
 from airtune.wireless.transfer import integrate_blocks, seconds_at
@@ -29,75 +32,11 @@ from airtune.wireless.units import db_to_linear, quantity
 Array = NDArray[np.float64]
 Complex = NDArray[np.complex128]
 Integers = NDArray[np.int64]
-Direction = Literal["uplink", "downlink"]
-DIRECTIONS: tuple[Direction, ...] = ("uplink", "downlink")
-
 ROUND_GRID_SECONDS = 0.05
 """With block = "round" the fading is still a process in time: it is drawn on this grid, then held [our choice]."""
 
 LARGE_SCALE_SECONDS = 1.0
 """Path loss and shadowing of moving devices are updated once in this time [our choice]."""
-
-
-class RadioChannel(Protocol):
-    """What the simulator and the planners need of a channel; `Channel` and `TraceChannel` have it.
-
-    Clients are indices [n]; times are s, one number or [n]; gains are linear power gains [n].
-    """
-
-    @property
-    def uplink_bandwidth(self) -> float:
-        """Hz, shared by all uploads."""
-        ...
-
-    @property
-    def downlink_bandwidth(self) -> float:
-        """Hz."""
-        ...
-
-    @property
-    def base_station_power(self) -> float:
-        """W."""
-        ...
-
-    @property
-    def snr_gap(self) -> float:
-        """Linear, at least 1."""
-        ...
-
-    @property
-    def mean_log_fading(self) -> float:
-        """E[ln |h|^2] of the small-scale fading."""
-        ...
-
-    def noise_density(self, direction: Direction) -> float:
-        """Return W/Hz at the receiver, noise figure and interference margin included."""
-        ...
-
-    def mean_gain(self, seed: int, clients: ArrayLike, time: ArrayLike) -> Array:
-        """Return the gain [n] without small-scale fading."""
-        ...
-
-    def gain(self, seed: int, clients: ArrayLike, time: ArrayLike, direction: Direction = "uplink") -> Array:
-        """Return the true gain [n] at `time`."""
-        ...
-
-    def coefficient(self, seed: int, clients: ArrayLike, time: ArrayLike, direction: Direction = "uplink") -> Complex:
-        """Return the small-scale coefficient [n]: gain = mean_gain |coefficient|^2."""
-        ...
-
-    def transfer_seconds(
-        self,
-        seed: int,
-        clients: ArrayLike,
-        start_times: ArrayLike,
-        bits: ArrayLike,
-        bandwidth: ArrayLike,
-        power: ArrayLike,
-        direction: Direction = "uplink",
-    ) -> Array:
-        """Return the seconds [n] that `bits` take from `start_times` on."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -194,8 +133,8 @@ class Channel:
         """Return the index [n] of the base station with the largest mean gain."""
         return np.argmax(self.cell_gains(seed, clients, time), axis=-1)
 
-    def mean_gain(self, seed: int, clients: ArrayLike, time: ArrayLike) -> Array:
-        """Return path loss, shadowing and antennas to the strongest base station: linear gains [n]."""
+    def mean_gain(self, seed: int, clients: ArrayLike, time: ArrayLike, direction: Direction = "uplink") -> Array:
+        """Return path loss, shadowing and antennas to the strongest base station: linear gains [n], both directions."""
         return self.cell_gains(seed, clients, time).max(axis=-1)
 
     def coefficient(self, seed: int, clients: ArrayLike, time: ArrayLike, direction: Direction = "uplink") -> Complex:
@@ -248,6 +187,35 @@ class Channel:
         seconds = integrate_blocks(rates, start, np.where(silent, 0.0, load), self.block_seconds, self.transfer_limit)
         return np.where(silent & (load > 0.0), np.inf, seconds)
 
+    def broadcast_seconds(
+        self, seed: int, clients: ArrayLike, start_time: float, bits: float, bandwidth: float, power: float
+    ) -> float:
+        """Return the seconds until all of `clients` have the same `bits`: the rate is the worst client's at any time.
+
+        Parameters
+        ----------
+        clients : [n].
+        start_time : s.
+        bits : of the broadcast.
+        bandwidth, power : Hz and W of the base station.
+        """
+        index, start = _query(clients, start_time)
+        noise, load = self.noise_density("downlink"), np.array([bits], dtype=np.float64)
+        if self.block == "round":
+            gain = self.gain(seed, index, start, "downlink").min(initial=np.inf)
+            seconds = seconds_at(achievable_rate(bandwidth, power, gain, noise, self.snr_gap), load)
+            return float(_within(seconds, self.transfer_limit)[0])
+        if bits > 0.0 and (bandwidth <= 0.0 or power <= 0.0):
+            return math.inf
+
+        def rates(rows: Integers, first: Integers, count: int) -> Array:
+            blocks = np.broadcast_to(first[0], index.shape)
+            worst = self._block_gains(seed, index, blocks, count, "downlink").min(axis=0, initial=np.inf)
+            return achievable_rate(bandwidth, power, worst[None, :], noise, self.snr_gap)
+
+        limit = self.transfer_limit
+        return float(integrate_blocks(rates, np.array([start_time]), load, self.block_seconds, limit)[0])
+
     def _block_gains(self, seed: int, clients: Integers, first: Integers, count: int, direction: Direction) -> Array:
         """Return the true gains [n, count] in consecutive blocks from `first` [n]."""
         small = self._coefficients(seed, clients, first, count, direction)
@@ -297,13 +265,6 @@ class Channel:
         if correlation <= 0.0:
             return np.asarray(ndtri(uniform_field(seed, "shadowing", site, int(sight), clients)))
         return correlated_normal(seed, "shadowing", (site, int(sight)), offset, correlation)
-
-
-def check_direction(direction: str) -> Direction:
-    """Return the direction, or raise InputError if it is neither "uplink" nor "downlink"."""
-    if direction == "uplink" or direction == "downlink":
-        return direction
-    raise unknown_name("direction", direction, DIRECTIONS)
 
 
 def _query(clients: ArrayLike, time: ArrayLike) -> tuple[Integers, Array]:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from airtune.errors import InputError, unknown_name
-from airtune.wireless.channel import Direction, RadioChannel
 from airtune.wireless.fading import complex_normal
+from airtune.wireless.radio import Direction, RadioChannel
 from airtune.wireless.units import quantity
 
 Array = NDArray[np.float64]
@@ -71,7 +71,7 @@ class ChannelKnowledge:
         """
         index = np.atleast_1d(np.asarray(clients)).astype(np.int64)
         seen_at = self._seen_at(time, round_index, round_starts)
-        mean = channel.mean_gain(seed, index, seen_at)
+        mean = channel.mean_gain(seed, index, seen_at, direction)
         if self.mode != "instant":
             return mean * (math.exp(channel.mean_log_fading) if self.mode == "ergodic" else 1.0)
         true = channel.coefficient(seed, index, seen_at, direction)
