@@ -69,7 +69,7 @@ def make_fleet(
     return Fleet(
         device=tuple(f"device-{i}" for i in range(size)),
         flops_per_second=np.broadcast_to(1e9 * (1.0 + grid) if flops is None else flops, (size,)).astype(float),
-        memory_bytes=np.broadcast_to(4e4 * 1.5**grid if memory is None else memory, (size,)).astype(float),
+        memory_bytes=np.broadcast_to(3e4 * 1.5**grid if memory is None else memory, (size,)).astype(float),
         transmit_power=np.full(size, 0.2),
         energy_per_flop=np.full(size, 1e-10),
         receive_power=np.full(size, 0.5),

@@ -25,6 +25,8 @@ ENTRY_POINT_GROUP = "airtune.methods"
 _BUILT_IN: Mapping[str, str] = {
     "composed": "airtune.methods.composed:Composed",
     "fedit": "airtune.methods.fedit:FedIT",
+    "hetlora": "airtune.methods.hetlora:HetLoRA",
+    "legend": "airtune.methods.legend:Legend",
 }
 
 

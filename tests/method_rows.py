@@ -1,0 +1,66 @@
+"""The rows of the conformance table: each method as it is tested, and which properties do not hold for it, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from airtune.aggregation.mean import IndependentSampling, Mean
+from airtune.methods import built_in_names, method_class, method_names
+from airtune.methods.composed import Composed
+from airtune.methods.fedit import FedIT
+from airtune.methods.hetlora import HetLoRA
+from airtune.methods.legend import Legend
+from airtune.scheduling.bandwidth import EqualFinish
+from airtune.scheduling.planner import Separate
+from airtune.scheduling.sampling import Independent, Uniform, Weighted
+from airtune.scheduling.slicing import Depth, RankByMemory, Sketch
+
+FULL = "everyone takes part and nothing is random, so the seed has nothing to change in the plan"
+PADDED = "zero padding shrinks the components that few clients hold"
+FIXED = "the method keeps the clients that it likes whatever the seed is"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    name : of the method in the registry. method : as it is tested.
+    exceptions : property -> why it does not hold: "seed" (another seed gives another plan) or "fixed point" (clients
+        that change nothing leave the model as it is).
+    exact : whether the fixed point holds to the bit, or within rounding.
+    """
+
+    name: str
+    method: Any
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+    exact: bool = True
+
+
+ROWS = [
+    Row("fedit", FedIT(cohort_size=1)),
+    Row("fedit", FedIT(weights="uniform", bandwidth=EqualFinish()), {"seed": FULL}),
+    Row("hetlora", HetLoRA(lowest_rank=1, cohort_size=1), {}),
+    Row("hetlora", HetLoRA(lowest_rank=1, decay=0.5, scope="model"), {"seed": FULL, "fixed point": PADDED}),
+    Row("legend", Legend(reference_rank=2), {"seed": FULL}),
+    Row(
+        "legend",
+        Legend(reference_rank=2, variant="B", outside="absent", weights="examples", drop_straggler=True),
+        {"seed": FULL},
+    ),
+    Row(
+        "legend",
+        Legend(reference_rank=2, variant="C", shrink="truncate"),
+        {"seed": FULL, "fixed point": "ranks change"},
+    ),
+    Row("legend", Legend(reference_rank=3, profile="uniform", fixed_depth=2, cohort_size=1)),
+    Row("composed", Composed(Separate(Uniform(1), RankByMemory()), Mean(absent="unchanged"))),
+    Row("composed", Composed(Separate(Weighted(1), Depth()))),
+    Row("composed", Composed(Separate(Independent(0.9), Sketch(2)), IndependentSampling())),
+]
+
+
+def third_party_rows() -> list[Row]:
+    """Return one row for every method of another installed package, with its default fields."""
+    return [Row(name, method_class(name)(), {"seed": FIXED}) for name in method_names() if name not in built_in_names()]
