@@ -275,7 +275,7 @@ def test_a_hub_id_without_network_names_the_offline_models() -> None:
 def test_the_tab_and_csv_recipes(tmp_path: Path, index: Index) -> None:
     index.without_pip()
     tab = "Category\tText\nd\tstring\nclass\t\n"
-    csv = 'text,label,source\n"one, two",1,a\n"line\nbreak",0,a\nother,1,b\n'
+    csv = 'text,label,source\n"one, two",1,a\n"line\nbreak",0,a\nother,1,b\n"one, two",1,a\n'
     files = {
         "d/x-train.tab": (tab + "b\tfirst text\na\tsecond text\n\t\n").encode(),
         "d/x-test.tab": (tab + "a\tthird text\n").encode(),
@@ -344,3 +344,18 @@ def test_the_fetched_model_has_the_shape_the_catalogue_says(fetched) -> None:
     fetched("minilm")
     config = read_config("minilm")
     assert (config["model_type"], config["num_hidden_layers"], config["hidden_size"]) == ("bert", 6, 384)
+
+
+@pytest.mark.slow
+def test_the_decoder_converted_from_four_bits_still_speaks(fetched) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from airtune.training.data import load_tokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(fetched("smollm2-135m"), dtype=torch.float32)
+    tokenizer = load_tokenizer("smollm2-135m")
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    words = tokenizer.decode(model.generate(**prompt, max_new_tokens=2, do_sample=False)[0])
+    assert "Paris" in words
+    assert model.num_parameters() == 134_515_008

