@@ -183,6 +183,24 @@ def test_an_interrupted_run_and_a_run_without_rounds_have_a_page(tmp_path: Path)
     assert "legend has no evaluation yet" in write_run_report(folder).read_text()
 
 
+def test_a_target_met_before_training_is_flagged(compared: Path, tmp_path: Path) -> None:
+    assert "met the target before training" not in write_report([compared], tmp_path).read_text()
+    text = write_report([compared], tmp_path, target=0.1).read_text()
+    assert "4 of 4 runs met the target before training (round 0)" in text
+
+
+def test_constant_notes_are_told_and_changing_ones_drawn(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", rounds=4)
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        line["notes"] |= {"passes": 1, "queue_s": line["round"], "branch": "text", "ok": True}
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figure = run_figures(load_run(folder))["notes"]
+    assert [trace["name"] for trace in figure.traces] == ["queue_s"]
+    assert figure.traces[0]["y"] == [1, 2, 3, 4]
+    assert figure.caption.endswith("The same in every round: passes 1.")
+
+
 def test_commands_errors_and_tuned_values_are_shown(tmp_path: Path) -> None:
     folder = write_compare(tmp_path, ("legend", "fedit"), seeds=1)
     runs = load_runs([folder])

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -258,13 +259,15 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
 
 def test_the_terminal_table_shows_everything() -> None:
     summary: CompareSummary = compare_summary(two_methods(), 0.85)
-    console = Console(width=160, file=io.StringIO())
+    console = Console(width=80, file=io.StringIO())
     console.print(render_table(summary))
     text = console.file.getvalue()
     assert "Target: accuracy at least 85.0 % (as given)" in text
     assert "missed" in text
-    assert "15.0 s (1 of 2)" in text
-    assert "Relative to slow" in text
+    assert re.search(r"fast +1 of 2 +15\.0 ", text)
+    assert re.search(r"slow +0 of 2 +missed", text)
+    assert "Cost over that of slow" in text
+    assert max(len(line) for line in text.splitlines()) <= 80
     assert target_sentence(compare_summary(two_methods())).endswith("(the worst run's best)")
 
 

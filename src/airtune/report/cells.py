@@ -20,6 +20,7 @@ COST_TITLES = {
     "downlink_bits_to_target": "Downlink to target",
     "energy_j_to_target": "Energy to target",
 }
+_SHORT = dict(zip(COSTS, ("Time", "Up", "Down", "Energy"), strict=True))
 _UNITS = {
     "time_to_target_s": time_unit,
     "uplink_bits_to_target": bit_unit,
@@ -80,19 +81,17 @@ def ratio_text(found: PairedRatio) -> str:
 def render_table(summary: CompareSummary) -> Group:
     """Return the comparison as rich tables for the terminal: costs to the target, then paired ratios."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     units = cost_units(summary)
     metric = summary["metric"]
-    table = Table(title=target_sentence(summary), title_justify="left", title_style="bold")
-    table.add_column("Method", no_wrap=True)
-    for heading in (*COST_TITLES.values(), f"Final {metric}", "Reached"):
-        table.add_column(heading, justify="right")
+    headings = [f"{_SHORT[cost]}, {units[cost].name}" for cost in COSTS]
+    last = "Accuracy, %" if metric == "accuracy" else "Loss"
+    table = _table(f"{target_sentence(summary)}; means over seeds", ["Reached", *headings, last])
     for row in method_rows(summary):
-        cells = [Text(cost_text(row, cost, units[cost])) for cost in COSTS]
+        cells = [Text(_bare(row.costs[cost], units[cost])) for cost in COSTS]
         done = f"{row.reached} of {row.seeds}" + (f", {row.failed} unfinished" if row.failed else "")
-        table.add_row(Text(row.method), *cells, Text(final_text(metric, row.final)), Text(done))
+        table.add_row(Text(row.method), Text(done), *cells, Text(final_text(metric, row.final).removesuffix(" %")))
     ratios = paired_ratios(summary)
     if not ratios:
         return Group(table)
@@ -108,16 +107,27 @@ def target_sentence(summary: CompareSummary) -> str:
     return f"Target: {summary['metric']} {sign} {metric_text(summary['metric'], summary['target'])} ({source})"
 
 
-def _ratio_table(ratios: Sequence[PairedRatio]) -> Table:
+def _bare(found: Spread | None, unit: Unit) -> str:
+    return "missed" if found is None else spread_text(found, unit).removesuffix(f" {unit.name}")
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    from rich import box
     from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("Method", overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _ratio_table(ratios: Sequence[PairedRatio]) -> Table:
     from rich.text import Text
 
-    title = f"Relative to {ratios[0].reference}, paired by seed: geometric mean [95 % bootstrap interval]"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("Method", no_wrap=True)
-    for heading in COST_TITLES.values():
-        table.add_column(heading.removesuffix(" to target"), justify="right")
+    title = f"Cost over that of {ratios[0].reference}, paired by seed [95 % bootstrap interval]"
+    table = _table(title, [_SHORT[cost] for cost in COSTS])
     for method in dict.fromkeys(item.method for item in ratios):
         cells = {item.cost: ratio_text(item) for item in ratios if item.method == method}
-        table.add_row(Text(method), *(Text(cells[cost]) for cost in COSTS))
+        table.add_row(Text(method), *(Text(cells[cost].replace(", ", ",")) for cost in COSTS))
     return table

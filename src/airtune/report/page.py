@@ -127,7 +127,7 @@ def compare_page(runs: Sequence[Run], summary: CompareSummary) -> Page:
         ),
         headline=compare_headline(summary),
         lead=_compare_lead(runs, summary),
-        banners=_banners(runs),
+        banners=[*_banners(runs), *_early(summary)],
         figures=figures,
         entries=[_entry(run, len(runs)) for run in runs],
         sections=[
@@ -220,6 +220,15 @@ def _banners(runs: Sequence[Run]) -> list[str]:
             found.append(f"{name}the run's status is {run.status!r}{_why(run)}; what follows is what it left behind.")
         found += [f"{name}{warning}." for warning in run.warnings]
     return found
+
+
+def _early(summary: CompareSummary) -> list[str]:
+    """Return the warning that the target says little, where runs stood at it before any training."""
+    early = sum(line["time_to_target_s"] == 0 for line in summary["runs"])
+    if not early:
+        return []
+    of = counted(len(summary["runs"]), "run")
+    return [f"{early} of {of} met the target before training (round 0), so the costs to it say little about them."]
 
 
 def _why(run: Run) -> str:

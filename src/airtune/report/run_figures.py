@@ -32,11 +32,7 @@ def run_figures(run: Run) -> dict[str, Figure]:
             "Measured at the server, for example the covariance that averaging A and B apart neglects.",
             [(line.number, line.diagnostics) for line in trained],
         ),
-        "notes": panels_figure(
-            "What the planner noted",
-            "Numbers that the method recorded with its plans.",
-            [(line.number, changing) for line, changing in zip(trained, _numeric_notes(trained), strict=True)],
-        ),
+        "notes": notes_figure(trained),
     }
     found |= {f"curve_{i}": curve_figure(curve) for i, curve in enumerate(run.curves)}
     return {name: figure for name, figure in found.items() if figure is not None}
@@ -272,6 +268,22 @@ def panels_figure(title: str, caption: str, rounds: Sequence[tuple[int, Mapping[
         layout[f"yaxis{tag}"] = axis(name.replace("_", " "), rangemode="tozero")
     more = f" {PANELS} of {len(names)} are shown." if len(names) > PANELS else ""
     return Figure(title, caption + more, traces, layout, 70 + 200 * rows)
+
+
+def notes_figure(trained: Sequence[Round]) -> Figure | None:
+    """Return the planner's numbers that change over rounds; those that do not are told in the caption."""
+    notes = _numeric_notes(trained)
+    values = {name: {line[name] for line in notes if name in line} for line in notes for name in line}
+    constant = {name: min(found) for name, found in values.items() if len(found) == 1}
+    told = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in sorted(constant.items()))
+    return panels_figure(
+        "What the planner noted",
+        "Numbers that the method recorded with its plans." + (f" The same in every round: {told}." if told else ""),
+        [
+            (line.number, {name: value for name, value in numbers.items() if name not in constant})
+            for line, numbers in zip(trained, notes, strict=True)
+        ],
+    )
 
 
 def curve_figure(curve: Curve) -> Figure:
