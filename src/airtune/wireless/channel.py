@@ -230,7 +230,8 @@ class Channel:
         return power * np.take_along_axis(mean, tick - tick[:, :1], axis=1)
 
     def _coefficients(self, seed: int, clients: Integers, first: Integers, count: int, direction: Direction) -> Complex:
-        link = "uplink" if self.reciprocal else check_direction(direction)
+        check_direction(direction)
+        link = "uplink" if self.reciprocal else direction
         return self.fading.coefficient(seed, link, clients, first, count, self.block_seconds, self.carrier_frequency)
 
     def _site_gain(self, seed: int, site: int, clients: Integers, offset: Array) -> Array:
