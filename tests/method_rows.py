@@ -9,15 +9,28 @@ from typing import Any
 from airtune.aggregation.mean import IndependentSampling, Mean
 from airtune.methods import built_in_names, method_class, method_names
 from airtune.methods.composed import Composed
+from airtune.methods.fed_sb import FedSB
+from airtune.methods.fedex_lora import FedExLoRA
 from airtune.methods.fedit import FedIT
+from airtune.methods.fedsa_lora import FedSALoRA
+from airtune.methods.fedsvd import FedSVD
+from airtune.methods.ffa_lora import FFALoRA
+from airtune.methods.flexlora import FlexLoRA
+from airtune.methods.flora import FLoRA
+from airtune.methods.florist import FLoRIST
+from airtune.methods.galore_avg import GaLoreAverage
 from airtune.methods.hetlora import HetLoRA
 from airtune.methods.legend import Legend
+from airtune.methods.lora_fair import LoRAFair
+from airtune.methods.rac_lora import RACLoRA
+from airtune.methods.rolora import RoLoRA
 from airtune.scheduling.bandwidth import EqualFinish
 from airtune.scheduling.planner import Separate
 from airtune.scheduling.sampling import Independent, Uniform, Weighted
 from airtune.scheduling.slicing import Depth, RankByMemory, Sketch
 
 FULL = "everyone takes part and nothing is random, so the seed has nothing to change in the plan"
+TRUNCATED = "clients of lower rank see a truncated model, and its product is what they send back"
 PADDED = "zero padding shrinks the components that few clients hold"
 FIXED = "the method keeps the clients that it likes whatever the seed is"
 
@@ -55,6 +68,26 @@ ROWS = [
         {"seed": FULL, "fixed point": "ranks change"},
     ),
     Row("legend", Legend(reference_rank=3, profile="uniform", fixed_depth=2, cohort_size=1)),
+    Row("fed-sb", FedSB(cohort_size=1)),
+    Row("fedex-lora", FedExLoRA(cohort_size=1, weights="uniform"), exact=False),
+    Row("fedex-lora", FedExLoRA(lowest_rank=1, residual_rank=2), {"seed": FULL, "fixed point": TRUNCATED}),
+    Row("fedsa-lora", FedSALoRA(cohort_size=1)),
+    Row("fedsa-lora", FedSALoRA(shared="B"), {"seed": FULL}),
+    Row("fedsvd", FedSVD(cohort_size=1), exact=False),
+    Row("fedsvd", FedSVD(rows="orthonormal", period=2), {"seed": FULL}),
+    Row("ffa-lora", FFALoRA(cohort_size=1)),
+    Row("ffa-lora", FFALoRA(rows="orthonormal", weights="uniform"), {"seed": FULL}),
+    Row("flexlora", FlexLoRA(cohort_size=1), exact=False),
+    Row("flexlora", FlexLoRA(lowest_rank=1, balanced=True), {"seed": FULL, "fixed point": TRUNCATED}, exact=False),
+    Row("flora", FLoRA(cohort_size=1), exact=False),
+    Row("flora", FLoRA(lowest_rank=1), {"seed": FULL}, exact=False),
+    Row("florist", FLoRIST(cohort_size=1, lowest_rank=2), exact=False),
+    Row("galore-avg", GaLoreAverage(cohort_size=1), exact=False),
+    Row("lora-fair", LoRAFair(cohort_size=1), exact=False),
+    Row("lora-fair", LoRAFair(correction="published", iterations=3), {"seed": FULL}, exact=False),
+    Row("rac-lora", RACLoRA(cohort_size=1, rows="gaussian"), exact=False),
+    Row("rac-lora", RACLoRA(lowest_rank=1), {"seed": FULL}, exact=False),
+    Row("rolora", RoLoRA(cohort_size=1)),
     Row("composed", Composed(Separate(Uniform(1), RankByMemory()), Mean(absent="unchanged"))),
     Row("composed", Composed(Separate(Weighted(1), Depth()))),
     Row("composed", Composed(Separate(Independent(0.9), Sketch(2)), IndependentSampling())),

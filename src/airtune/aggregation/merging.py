@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from airtune.aggregation.algebra import RowLaw, random_rows
+from airtune.errors import unknown_name
 from airtune.lora import Adapter, LoraFactors, MergedUpdate, merge
 from airtune.streams import torch_seed
 from airtune.types import ServerModel
@@ -25,6 +27,11 @@ class Redraw:
 
     law: RowLaw = "kaiming"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the name."""
+        if self.law not in get_args(RowLaw):
+            raise unknown_name("method.rows", self.law, get_args(RowLaw))
 
     def rows(self, like: LoraFactors, version: int, place: int) -> LoraFactors:
         """Return `like` with A drawn for a version of the model, and B zero: its product is zero."""
@@ -83,3 +90,16 @@ def column_bits(additions: Mapping[str, LoraFactors]) -> int:
 def row_bits(additions: Mapping[str, LoraFactors]) -> int:
     """Return the bits of sending A alone: B is known from a seed."""
     return BITS_PER_VALUE * sum(f.rank * f.in_features for f in additions.values())
+
+
+Rows = Literal["model", "kaiming", "gaussian", "orthonormal"]
+
+
+def first_rows(rows: Rows, seed: int) -> Redraw | None:
+    """Return how the first A is drawn, None for the model's own.
+
+    Raises
+    ------
+    InputError : no such law.
+    """
+    return None if rows == "model" else Redraw(rows, seed)

@@ -24,9 +24,21 @@ ENTRY_POINT_GROUP = "airtune.methods"
 
 _BUILT_IN: Mapping[str, str] = {
     "composed": "airtune.methods.composed:Composed",
+    "fed-sb": "airtune.methods.fed_sb:FedSB",
+    "fedex-lora": "airtune.methods.fedex_lora:FedExLoRA",
     "fedit": "airtune.methods.fedit:FedIT",
+    "fedsa-lora": "airtune.methods.fedsa_lora:FedSALoRA",
+    "fedsvd": "airtune.methods.fedsvd:FedSVD",
+    "ffa-lora": "airtune.methods.ffa_lora:FFALoRA",
+    "flexlora": "airtune.methods.flexlora:FlexLoRA",
+    "flora": "airtune.methods.flora:FLoRA",
+    "florist": "airtune.methods.florist:FLoRIST",
+    "galore-avg": "airtune.methods.galore_avg:GaLoreAverage",
     "hetlora": "airtune.methods.hetlora:HetLoRA",
     "legend": "airtune.methods.legend:Legend",
+    "lora-fair": "airtune.methods.lora_fair:LoRAFair",
+    "rac-lora": "airtune.methods.rac_lora:RACLoRA",
+    "rolora": "airtune.methods.rolora:RoLoRA",
 }
 
 

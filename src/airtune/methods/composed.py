@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from airtune.aggregation.declaring import DeclaringAggregator, exchange_of, prepared
+from airtune.aggregation.declaring import exchange_of, prepared
 from airtune.aggregation.mean import Mean
+from airtune.aggregation.registry import AGGREGATORS
 from airtune.capabilities import Trait, compatible
 from airtune.compression.dense import Dense
 from airtune.errors import InputError
@@ -41,6 +43,19 @@ class AnyPlanner(Protocol):
         ...
 
 
+class AnyAggregator(Protocol):
+    """An aggregator that says what it cannot take: see `airtune.aggregation.declaring.DeclaringAggregator`."""
+
+    @property
+    def refuses(self) -> Mapping[Trait, str]:
+        """Return the traits of plans that it cannot take, each with the reason."""
+        ...
+
+    def __call__(self, model: ServerModel, outcome: RoundOutcome) -> ServerModel:
+        """Return the next model."""
+        ...
+
+
 class _Planners(Mapping[str, "type[AnyPlanner]"]):
     """The planners by name: `Separate`, and every method that decides jointly; methods are imported when asked for."""
 
@@ -60,6 +75,7 @@ class _Planners(Mapping[str, "type[AnyPlanner]"]):
 
 
 PLANNERS: Mapping[str, type[AnyPlanner]] = _Planners()
+AVERAGES: Mapping[str, type[AnyAggregator]] = AGGREGATORS
 
 
 @dataclass(frozen=True)
@@ -78,7 +94,7 @@ class Composed:
     """
 
     planner: AnyPlanner = field(default_factory=Separate)
-    aggregator: DeclaringAggregator = field(default_factory=Mean)
+    aggregator: AnyAggregator = field(default_factory=Mean)
     compressor: Compressor = field(default_factory=Dense)
     training: LocalTraining = field(default_factory=LocalTraining)
 
@@ -111,3 +127,32 @@ class Composed:
         if isinstance(self.planner, ChoosesRanks):
             return self.planner.ranks(shape)
         return {name: slot.rank for name, slot in shape.slots.items()}
+
+
+class FromParts(ABC):
+    """A method that is nothing but its parts: it says which, and does what `Composed` does with them."""
+
+    @property
+    @abstractmethod
+    def composed(self) -> Composed:
+        """Return the parts that this method is made of."""
+
+    def __post_init__(self) -> None:
+        """Make the parts once, so that wrong fields are refused when the method is made."""
+        _ = self.composed
+
+    def prepare(self, model: ServerModel) -> ServerModel:
+        """Return the model that the aggregator wants to start from."""
+        return self.composed.prepare(model)
+
+    def init(self, model: ServerModel, fleet: Fleet) -> Any:
+        """Return the planner's state."""
+        return self.composed.init(model, fleet)
+
+    def plan(self, state: Any, seen: Observation, rng: np.random.Generator) -> Plan:
+        """Let the planner decide."""
+        return self.composed.plan(state, seen, rng)
+
+    def aggregate(self, state: Any, model: ServerModel, outcome: RoundOutcome) -> tuple[ServerModel, Any]:
+        """Let the aggregator make the next model."""
+        return self.composed.aggregate(state, model, outcome)

@@ -170,6 +170,15 @@ class Sketch:
         return [Slices.same(AdapterSlice.sketch(seen.shape, self.kept, rng)) for _ in clients]
 
 
+def everything_or_ranks(lowest: int | None, highest: int | None) -> FullSlice | RankByMemory:
+    """Return ranks by memory between two limits, or the whole adapter for everyone if no lowest rank is given."""
+    if lowest is None:
+        if highest is not None:
+            raise InputError("method.highest_rank: needs method.lowest_rank too, the rank of the smallest device")
+        return FullSlice()
+    return RankByMemory(lowest, highest)
+
+
 def depth_slices(
     shape: AdapterShape,
     depth: int,
