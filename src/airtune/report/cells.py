@@ -95,7 +95,7 @@ def render_table(summary: CompareSummary) -> Group:
     ratios = paired_ratios(summary)
     if not ratios:
         return Group(table)
-    return Group(table, _ratio_table(ratios))
+    return Group(table, "", _ratio_table(ratios))
 
 
 def target_sentence(summary: CompareSummary) -> str:
