@@ -7,23 +7,19 @@ import json
 import shlex
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from airtune.cli.arguments import Arguments, listed, numbers
+from airtune.cli.files import experiment_file
 from airtune.cli.progress import Display, say
 from airtune.errors import InputError, NoResultError
-from airtune.experiment.compare import Compared, Comparison, parse_tune
-from airtune.experiment.config import ExperimentFile, read_file
+from airtune.experiment.config import ExperimentFile
+from airtune.experiment.sweep import parse_settings
+
+if TYPE_CHECKING:
+    from airtune.experiment.compare import Compared, Comparison
 
 NO_RESULT = 3
-
-
-def experiment_file(arguments: Arguments) -> ExperimentFile:
-    """Return the experiment file of a command with the command line's overrides."""
-    overrides: dict[str, Any] = dict(arguments.overrides)
-    if arguments.values.get("seed") is not None:
-        overrides["seed"] = arguments.seed
-    return read_file(Path(arguments.experiment), overrides)
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
@@ -100,20 +96,21 @@ def _display() -> Generator[Display]:
 
 def compare(arguments: Arguments) -> int:
     """Run several methods with several seeds, and write the comparison."""
+    from airtune.experiment.build import Workshop
+    from airtune.experiment.compare import Comparison
+    from airtune.experiment.compare import compare as run_all
+    from airtune.experiment.run import Session
+
     file = experiment_file(arguments)
     default = (file.default_method(), *file.variants)
     comparison = Comparison(
         file=file,
         methods=listed(arguments.methods) if arguments.methods is not None else default,
         seeds=_seeds(arguments, file),
-        tune=parse_tune(arguments.tune),
+        tune=parse_settings(arguments.tune, "--tune"),
         out=Path(arguments.out) if arguments.out else Path("runs") / f"{file.name}-compare",
     )
     target = _target(arguments, file)
-    from airtune.experiment.build import Workshop
-    from airtune.experiment.compare import compare as run_all
-    from airtune.experiment.run import Session
-
     with _display() as display:
         compared = run_all(comparison, Session(Workshop(), display))
     _write_comparison(compared, comparison, target, print_json=arguments.json)

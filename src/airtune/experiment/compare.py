@@ -15,25 +15,22 @@ The rules, so that a reader can check them by hand:
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from airtune.errors import InputError, NoResultError
 from airtune.experiment.config import Experiment, ExperimentFile
 from airtune.experiment.run import Session, start
 from airtune.experiment.sections import StopLimits
 from airtune.experiment.store import RunStore, make_output_folder
+from airtune.experiment.sweep import Values, changes, combinations
 
 RUNS_FOLDER = "runs"
 TUNE_FOLDER = "tune"
 LARGEST_VALIDATION = (
     500  # rows taken for --tune where the file sets none: a tenth of the training rows, at most so many
 )
-
-Values = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -122,29 +119,10 @@ def compare(comparison: Comparison, session: Session) -> Compared:
     return Compared(stored, failed, tuned)
 
 
-def parse_tune(settings: Sequence[str], option: str = "--tune") -> dict[str, tuple[str, ...]]:
-    """Return dotted field -> values of ``FIELD=v1,v2`` texts.
-
-    Raises
-    ------
-    InputError : a text without a field or without values.
-    """
-    found: dict[str, tuple[str, ...]] = {}
-    for text in settings:
-        name, sign, values = text.partition("=")
-        listed = tuple(value.strip() for value in values.split(",") if value.strip())
-        if not sign or not listed or "." not in name:
-            raise InputError(
-                f"{option}: cannot read {text!r}; valid: FIELD=v1,v2 as in training.learning_rate=1e-4,1e-3"
-            )
-        found[name.strip().removeprefix("--").replace("-", "_")] = listed
-    return found
-
-
 def _prepared(comparison: Comparison, method: str, session: Session) -> Experiment:
     """Return a method's experiment (and check all tuned values), with validation rows if it is tuned."""
     for values in combinations(comparison.tune):
-        comparison.file.experiment(method, **_changes(values))
+        comparison.file.experiment(method, **changes(values))
     experiment = comparison.file.experiment(method)
     if comparison.tune and experiment.data.validation_rows == 0:
         rows = len(session.workshop.tokens(experiment.data, experiment.model).train)
@@ -154,7 +132,7 @@ def _prepared(comparison: Comparison, method: str, session: Session) -> Experime
 
 
 def _chosen(comparison: Comparison, base: Experiment, method: str, seed: int, values: Values) -> Experiment:
-    experiment = comparison.file.experiment(method, seed=seed, **_changes(values))
+    experiment = comparison.file.experiment(method, seed=seed, **changes(values))
     return replace(experiment, data=base.data)
 
 
@@ -166,12 +144,6 @@ def _one(experiment: Experiment, folder: Path, session: Session, budget: _Budget
 
 
 # ---------------------------------------------------------------------------------------------------------------- tune
-
-
-def combinations(settings: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:
-    """Yield every combination of the values of several fields."""
-    for values in itertools.product(*settings.values()):
-        yield dict(zip(settings, values, strict=True))
 
 
 @dataclass
@@ -211,7 +183,3 @@ def _tune(comparison: Comparison, experiments: Mapping[str, Experiment], session
             raise NoResultError(f"--tune: {method} reached no result with any of the values")
         tuned[method] = best
     return tuned
-
-
-def _changes(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.replace(".", "__"): value for name, value in values.items()}
