@@ -51,9 +51,8 @@ def progress_of(row: Row, world: SyntheticWorld, rounds: int, seed: int = 0) -> 
 
 
 def continue_to(method: Method[Any], progress: Progress, world: SyntheticWorld, rounds: int, seed: int = 0) -> Progress:
-    for progress, _ in run(method, progress, world, world, stop=Stop(rounds), seed=seed, evaluate=lambda _: {}):
-        pass
-    return progress
+    steps = run(method, progress, world, world, stop=Stop(rounds), seed=seed, evaluate=lambda _: {})
+    return ([progress] + [after for after, _ in steps])[-1]
 
 
 def observed(row: Row, world: SyntheticWorld, progress: Progress) -> Observation:
@@ -95,13 +94,12 @@ def frozen(value: Any) -> Any:
 @each_row
 def test_five_rounds_run_and_every_plan_passes_its_check(row: Row, world: SyntheticWorld) -> None:
     """`run` checks each plan; nobody without examples is chosen; the model stays finite and keeps its shape."""
-    progress = begin(row.method, first_model(row.method), world)
-    shape = progress.model.adapter.shape
-    for progress, record in run(row.method, progress, world, world, stop=Stop(5), seed=3, evaluate=lambda _: {}):
+    start = begin(row.method, first_model(row.method), world)
+    for progress, record in run(row.method, start, world, world, stop=Stop(5), seed=3, evaluate=lambda _: {}):
         assert all(world.fleet.num_examples[client] > 0 for client in record.cohort)
         assert len(set(record.cohort)) == len(record.cohort)
-    assert progress.model.adapter.shape == shape
-    assert all(bool(torch.isfinite(tensor).all()) for _, _, tensor in progress.model.adapter.tensors())
+        assert progress.model.adapter.shape == start.model.adapter.shape
+        assert all(bool(torch.isfinite(tensor).all()) for _, _, tensor in progress.model.adapter.tensors())
 
 
 @each_world
@@ -223,7 +221,7 @@ def test_every_upload_lies_in_its_slice_and_within_its_bound(row: Row, world: Sy
             assert set(components.tolist()) <= set(task.receive.components.get(name, np.zeros(0)).tolist())
 
 
-# ------------------------------------------------------------------------------------------------- configuration, resume
+# ------------------------------------------------------------------------------------------------ configuration, resume
 
 
 @each_row

@@ -1,0 +1,91 @@
+"""The pairwise table: every planner with every aggregator runs, or is refused with a reason."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from airtune.aggregation.mean import FrobeniusWeighted, IndependentSampling, Mean
+from airtune.aggregation.registry import AGGREGATORS
+from airtune.capabilities import compatible
+from airtune.errors import InputError
+from airtune.federation import Stop, begin, run
+from airtune.methods.composed import PLANNERS, Composed
+from airtune.methods.fedit import FedIT
+from airtune.methods.hetlora import HetLoRA
+from airtune.methods.legend import Legend
+from airtune.scheduling.bandwidth import EqualFinish
+from airtune.scheduling.planner import Separate
+from airtune.scheduling.sampling import All, Independent, Uniform, Weighted
+from airtune.scheduling.slicing import Depth, FullSlice, RankByMemory, Sketch
+from airtune.scheduling.work import ChoosesRanks
+from airtune.types import ServerModel
+from synthetic_federation import SyntheticWorld, make_adapter, make_fleet
+
+WORLD = SyntheticWorld(make_fleet(7))
+
+PLANNER_ROWS: list[Any] = [
+    *(
+        Separate(sampler, slicer)
+        for sampler in (All(), Uniform(3), Weighted(3), Independent(3.0))
+        for slicer in (FullSlice(), RankByMemory(), Depth(2), Depth(outside="absent"), Sketch(2))
+    ),
+    Separate(bandwidth=EqualFinish()),
+    HetLoRA(lowest_rank=1),
+    Legend(reference_rank=2),
+    Legend(reference_rank=2, drop_straggler=True),
+    Legend(reference_rank=2, variant="C"),
+]
+AGGREGATOR_ROWS: list[Any] = [
+    *(Mean(absent=absent) for absent in ("excluded", "unchanged", "zero")),
+    FrobeniusWeighted("model"),
+    IndependentSampling("uniform"),
+    *(kind() for kind in AGGREGATORS.values()),
+]
+
+
+@pytest.mark.parametrize("aggregator", AGGREGATOR_ROWS, ids=lambda a: f"{type(a).__name__}-{AGGREGATOR_ROWS.index(a)}")
+@pytest.mark.parametrize("planner", PLANNER_ROWS, ids=lambda p: f"{type(p).__name__}-{PLANNER_ROWS.index(p)}")
+def test_every_pair_runs_or_is_refused_with_a_reason(planner: Any, aggregator: Any) -> None:
+    reason = compatible(planner, aggregator)
+    if reason is not None:
+        assert len(reason) > 20
+        with pytest.raises(InputError, match="is refused"):
+            Composed(planner, aggregator)
+        return
+    method = Composed(planner, aggregator)
+    ranks = method.ranks(make_adapter().shape) if isinstance(method, ChoosesRanks) else 4
+    start = begin(method, ServerModel(make_adapter(ranks=ranks)), WORLD)
+    for progress, record in run(method, start, WORLD, WORLD, stop=Stop(2), seed=0, evaluate=lambda _: {}):
+        assert all(bool(torch.isfinite(t).all()) for _, _, t in progress.model.adapter.tensors())
+        assert set(record.arrived) == set(record.cohort)
+
+
+def test_the_table_has_pairs_that_run_and_pairs_that_do_not() -> None:
+    verdicts = [compatible(p, a) for p in PLANNER_ROWS for a in AGGREGATOR_ROWS]
+    assert verdicts.count(None) > 100
+    assert len(verdicts) - verdicts.count(None) > 10
+
+
+def test_known_verdicts() -> None:
+    assert compatible(Legend(), Mean()) is None
+    assert compatible(HetLoRA(), FrobeniusWeighted()) is None
+    assert compatible(Separate(Independent(2.0)), IndependentSampling()) is None
+    assert "norm zero" in str(compatible(Legend(), FrobeniusWeighted()))
+    assert "probability" in str(compatible(Legend(drop_straggler=True), IndependentSampling()))
+    assert "shrink" in str(compatible(Separate(slicer=Sketch(2)), Mean(absent="zero")))
+
+
+def test_every_named_planner_and_aggregator_is_in_the_table() -> None:
+    assert {type(p) for p in PLANNER_ROWS} >= set(PLANNERS.values())
+    assert {type(a) for a in AGGREGATOR_ROWS} >= set(AGGREGATORS.values())
+
+
+def test_fedit_is_separate_with_mean() -> None:
+    """The same cohort, the same plan, the same model: FedIT adds nothing of its own."""
+    runs = []
+    for method in (FedIT(cohort_size=3), Composed(Separate(Uniform(3)), Mean())):
+        start = begin(method, ServerModel(make_adapter()), WORLD)
+        records = [r for _, r in run(method, start, WORLD, WORLD, stop=Stop(3), seed=1, evaluate=lambda _: {})]
+        runs.append([(r.cohort, r.time_s, r.uplink_bits) for r in records])
+    assert runs[0] == runs[1]
