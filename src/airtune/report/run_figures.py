@@ -46,31 +46,33 @@ def duration_figure(trained: Sequence[Round]) -> Figure | None:
     seconds = np.array([line.duration_s for line in trained])
     unit = time_unit(seconds)
     running = np.cumsum(seconds) / np.arange(1, len(seconds) + 1)
-    traces: list[Json] = [
-        _series("round", numbers, seconds / unit.factor, unit.name, "var(--series-1)"),
+    traces: list[Json] = [_series("round", numbers, seconds / unit.factor, unit.name, "var(--series-1)")]
+    predicted = [line.predicted_s for line in trained]
+    if any(value is not None for value in predicted):
+        many = len(trained) >= _LINES_FROM
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines" if many else "markers",
+                "name": "predicted by the planner",
+                "x": numbers,
+                "y": rounded([None if value is None else value / unit.factor for value in predicted]),
+                "marker": {"color": "var(--ink)", "size": 5, "symbol": "line-ew-open"},
+                "line": {"color": "var(--series-7)", "width": 1},
+                "hovertemplate": f"predicted %{{y:.4g}} {unit.name}<extra></extra>",
+            }
+        )
+    traces.append(
         {
             "type": "scatter",
             "mode": "lines",
             "name": "mean so far",
             "x": numbers,
             "y": rounded(running / unit.factor),
-            "line": {"color": "var(--series-2)", "width": 2},
+            "line": {"color": "var(--series-2)", "width": 2.5},
             "hovertemplate": f"mean of rounds 1 to %{{x}}: %{{y:.4g}} {unit.name}<extra></extra>",
-        },
-    ]
-    predicted = [line.predicted_s for line in trained]
-    if any(value is not None for value in predicted):
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "predicted by the planner",
-                "x": numbers,
-                "y": rounded([None if value is None else value / unit.factor for value in predicted]),
-                "marker": {"color": "var(--ink)", "size": 5, "symbol": "line-ew-open"},
-                "hovertemplate": f"predicted %{{y:.4g}} {unit.name}<extra></extra>",
-            }
-        )
+        }
+    )
     layout: Json = {
         "xaxis": axis("Round"),
         "yaxis": axis(f"Length of a round, {unit.name}", rangemode="tozero"),

@@ -14,8 +14,8 @@ from airtune.report.quantities import digits, flops_unit
 from airtune.report.records import CompareSummary, DroppedRecord, FleetClient, Run
 from airtune.report.tables import method_names
 
-DROPPED_SHOWN = 20
-_ROUNDS_LISTED = 24
+DROPPED_SHOWN = 12
+_ROUNDS_LISTED = 15
 
 
 def first_value(run: Run) -> float | None:
