@@ -16,6 +16,7 @@ from airtune.methods.hetlora import HetLoRA
 from airtune.methods.legend import Legend
 from airtune.scheduling.bandwidth import EqualFinish
 from airtune.scheduling.planner import Separate
+from airtune.scheduling.power import LeastPower
 from airtune.scheduling.sampling import All, Independent, Uniform, Weighted
 from airtune.scheduling.slicing import Depth, FullSlice, RankByMemory, Sketch
 from airtune.scheduling.work import ChoosesRanks
@@ -30,7 +31,7 @@ PLANNER_ROWS: list[Any] = [
         for sampler in (All(), Uniform(3), Weighted(3), Independent(3.0))
         for slicer in (FullSlice(), RankByMemory(), Depth(2), Depth(outside="absent"), Sketch(2))
     ),
-    Separate(bandwidth=EqualFinish()),
+    Separate(bandwidth=EqualFinish(), power=LeastPower()),
     HetLoRA(lowest_rank=1),
     Legend(reference_rank=2),
     Legend(reference_rank=2, drop_straggler=True),

@@ -9,6 +9,7 @@ from airtune.compression.dense import Dense
 from airtune.errors import InputError, NoResultError
 from airtune.scheduling.bandwidth import EqualFinish, EqualSplit
 from airtune.scheduling.planner import Separate, make_tasks, share_band
+from airtune.scheduling.power import LeastPower
 from airtune.scheduling.sampling import Uniform
 from airtune.scheduling.slicing import Depth, FullSlice, RankByMemory, Sketch, Slicer, ranks_by_memory
 from airtune.scheduling.work import LocalWork
@@ -86,6 +87,15 @@ def test_the_band_is_shared_in_full_and_equal_finish_ends_together() -> None:
     bits = np.array([seen.costs.uplink_bits(t) for t in finish])
     ends = np.array([seen.costs.compute_seconds(t) for t in finish]) + bits / rate
     assert ends.max() - ends.min() <= 1e-3 * ends.max()
+
+
+def test_less_power_where_the_round_waits_anyway() -> None:
+    seen = observed()
+    tasks = make_tasks(np.arange(5), [FullSlice().least(SHAPE)] * 5, seen, WORK)
+    full = share_band(tasks, seen, EqualSplit())
+    least = share_band(tasks, seen, EqualSplit(), LeastPower())
+    assert all(a.transmit_power <= b.transmit_power * (1 + 1e-9) for a, b in zip(least, full, strict=True))
+    assert sum(t.transmit_power for t in least) < 0.9 * sum(t.transmit_power for t in full)
 
 
 def test_a_rule_without_an_answer_is_no_result() -> None:

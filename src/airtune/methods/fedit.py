@@ -12,6 +12,7 @@ from airtune.compression.dense import Dense
 from airtune.methods.composed import Composed
 from airtune.scheduling.bandwidth import BandwidthRule, EqualSplit
 from airtune.scheduling.planner import Separate
+from airtune.scheduling.power import FullPower, PowerRule
 from airtune.scheduling.sampling import everyone_or
 from airtune.types import Compressor, Fleet, LocalTraining, Observation, Plan, RoundOutcome, ServerModel
 
@@ -42,13 +43,14 @@ class FedIT:
     ----------
     cohort_size : clients drawn each round, 1 to the size of the fleet; None: everyone.
     weights : "examples" or "uniform".
-    bandwidth : how the uplink is shared.
+    bandwidth : how the uplink is shared. power : how strongly clients send.
     training, compressor : of every client.
     """
 
     cohort_size: int | None = None
     weights: Weights = "examples"
     bandwidth: BandwidthRule = field(default_factory=EqualSplit)
+    power: PowerRule = field(default_factory=FullPower)
     training: LocalTraining = field(default_factory=LocalTraining)
     compressor: Compressor = field(default_factory=Dense)
 
@@ -64,7 +66,7 @@ class FedIT:
     @property
     def composed(self) -> Composed:
         """Return the parts that this method is made of."""
-        planner = Separate(everyone_or(self.cohort_size), bandwidth=self.bandwidth)
+        planner = Separate(everyone_or(self.cohort_size), bandwidth=self.bandwidth, power=self.power)
         return Composed(planner, Mean(self.weights), self.compressor, self.training)
 
     def init(self, model: ServerModel, fleet: Fleet) -> None:

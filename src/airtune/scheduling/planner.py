@@ -11,6 +11,7 @@ import numpy as np
 from airtune.capabilities import Trait
 from airtune.errors import InputError, NoResultError
 from airtune.scheduling.bandwidth import BandwidthRule, EqualSplit
+from airtune.scheduling.power import FullPower, PowerRule
 from airtune.scheduling.sampling import All, Sampler
 from airtune.scheduling.slicing import FullSlice, Slicer
 from airtune.scheduling.work import LocalWork, Slices, candidates
@@ -42,7 +43,7 @@ class Planner(Protocol[State]):
 
 @dataclass(frozen=True)
 class Separate:
-    """Who, what and how much band, decided one after the other; everyone at full transmit power.
+    """Who, what, how much band and how much power, decided one after the other.
 
     Clients that are not idle, have no examples, no link, or too little memory for the smallest slice are never drawn;
     those with too little memory are listed in the plan's notes.
@@ -52,11 +53,13 @@ class Separate:
     sampler : who takes part.
     slicer : what each one holds.
     bandwidth : how the free band is shared.
+    power : how strongly clients send.
     """
 
     sampler: Sampler = field(default_factory=All)
     slicer: Slicer = field(default_factory=FullSlice)
     bandwidth: BandwidthRule = field(default_factory=EqualSplit)
+    power: PowerRule = field(default_factory=FullPower)
 
     @property
     def traits(self) -> frozenset[Trait]:
@@ -73,7 +76,7 @@ class Separate:
         cohort = self.sampler.sample(able, seen, rng)
         slices = self.slicer.slices(cohort.clients, seen, work, rng)
         tasks = make_tasks(cohort.clients, slices, seen, work, cohort.probability.tolist())
-        return Plan((Group(share_band(tasks, seen, self.bandwidth)),), notes)
+        return Plan((Group(share_band(tasks, seen, self.bandwidth, self.power)),), notes)
 
     def learn(self, state: None, outcome: RoundOutcome) -> None:
         """Return no state."""
@@ -113,14 +116,17 @@ def make_tasks(
     ]
 
 
-def share_band(tasks: Sequence[ClientTask], seen: Observation, rule: BandwidthRule) -> tuple[ClientTask, ...]:
-    """Return the tasks with the free uplink band shared among them by a rule.
+def share_band(
+    tasks: Sequence[ClientTask], seen: Observation, bandwidth: BandwidthRule, power: PowerRule | None = None
+) -> tuple[ClientTask, ...]:
+    """Return the tasks with the free uplink band shared among them, and with transmit powers (None: full power).
 
-    On measured networks (fixed rates) no bandwidth enters the rate; an equal share is written down.
+    On measured networks (fixed rates) neither bandwidth nor power enters the rate; equal shares at full power are
+    written down.
 
     Raises
     ------
-    NoResultError : the rule finds no split (more clients than resource blocks ...).
+    NoResultError : the rules find no split (more clients than resource blocks ...).
     """
     if not tasks:
         return ()
@@ -128,10 +134,11 @@ def share_band(tasks: Sequence[ClientTask], seen: Observation, rule: BandwidthRu
         share = seen.free_bandwidth / len(tasks)
         return tuple(replace(task, bandwidth=share) for task in tasks)
     clients = np.array([task.client for task in tasks])
-    solution = rule.allocate(
+    solution = (FullPower() if power is None else power).choose(
+        bandwidth,
         np.array([seen.costs.compute_seconds(task) for task in tasks]),
         np.array([float(seen.costs.uplink_bits(task)) for task in tasks]),
-        np.array([task.transmit_power for task in tasks]),
+        seen.fleet.transmit_power[clients],
         seen.links.uplink_gain[clients],
         seen.links.noise_density,
         seen.free_bandwidth,
@@ -139,4 +146,5 @@ def share_band(tasks: Sequence[ClientTask], seen: Observation, rule: BandwidthRu
     )
     if not solution.ok:
         raise NoResultError(f"bandwidth: {solution.status}: {solution.message}")
-    return tuple(replace(task, bandwidth=float(w)) for task, w in zip(tasks, solution.value, strict=True))
+    chosen = zip(tasks, solution.value["bandwidth"], solution.value["power"], strict=True)
+    return tuple(replace(task, bandwidth=float(w), transmit_power=float(p)) for task, w, p in chosen)
