@@ -83,7 +83,7 @@ def start(experiment: Experiment, folder: Path, session: Session) -> Plain:
         raise
     store.write_head(_first_head(bench, session.command))
     progress = begin(bench.experiment.method, bench.start, bench.cell)
-    checkpoint.save(store.checkpoint, progress, _digest(bench.experiment))
+    checkpoint.save(store.checkpoint, progress, digest(bench.experiment))
     return _run(bench, store, progress, session)
 
 
@@ -103,7 +103,7 @@ def resume(folder: Path, limits: Mapping[str, Any], session: Session) -> Plain:
     head = store.read_head()
     label = str(head.get("method"))
     experiment = read_experiment(_with_limits(head["config"], limits), label)
-    progress = checkpoint.load(store.checkpoint, _digest(experiment))
+    progress = checkpoint.load(store.checkpoint, digest(experiment))
     bench = build(experiment, session.workshop)
     lines = store.keep_rounds(progress.round if progress.round else -1)
     if lines:
@@ -134,7 +134,7 @@ def _run(bench: Bench, store: RunStore, progress: Progress, session: Session) ->
 
 def _rounds(bench: Bench, store: RunStore, progress: Progress, reporter: Reporter) -> Progress:
     experiment = bench.experiment
-    digest = _digest(experiment)
+    fingerprint = digest(experiment)
     began = host_seconds()
     rounds = run(
         experiment.method,
@@ -149,7 +149,7 @@ def _rounds(bench: Bench, store: RunStore, progress: Progress, reporter: Reporte
     for progress, record in rounds:
         ready = host_seconds()
         line = store.append_round(record)
-        checkpoint.save(store.checkpoint, progress, digest)
+        checkpoint.save(store.checkpoint, progress, fingerprint)
         store.append_timing(record.round, round_s=ready - began, store_s=host_seconds() - ready)
         reporter.round_done(line)
         began = host_seconds()
@@ -232,7 +232,7 @@ def _final(store: RunStore) -> Plain:
 # -------------------------------------------------------------------------------------------------------------- resume
 
 
-def _digest(experiment: Experiment) -> str:
+def digest(experiment: Experiment) -> str:
     """Return a fingerprint of all that a checkpoint depends on: everything but [stop]."""
     plain = {key: value for key, value in experiment.plain().items() if key != "stop"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,71 @@
+"""Measuring a stored run's model again: on its test rows or on others, over all rows and over clients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from airtune.errors import InputError
+from airtune.experiment import checkpoint
+from airtune.experiment.build import Bench, Workshop, build
+from airtune.experiment.config import read_experiment
+from airtune.experiment.run import digest
+from airtune.experiment.store import Plain, RunStore
+from airtune.training.data import TokenizedData, load_tokenizer, tokenize
+from airtune.training.evaluation import client_metrics, client_spread, score
+from airtune.training.sources import read_labelled_file
+
+
+def evaluate_run(folder: Path, file: str | None, workshop: Workshop) -> Plain:
+    """Return the metrics of a run's model, as ``airtune evaluate --json`` prints them.
+
+    The spread over clients is that of the test rows, dealt out to clients by the run's own partitioner and seed, so
+    that a client's rows have its mix of labels [our choice: clients have no test rows of their own].
+
+    Parameters
+    ----------
+    folder : of the run; the model is that of its last checkpoint.
+    file : other rows (.csv, .jsonl, .parquet); None: the run's test rows.
+
+    Raises
+    ------
+    InputError : the folder is not a run, or the file does not fit.
+    """
+    store = RunStore(folder)
+    head = store.read_head()
+    experiment = read_experiment(head["config"], str(head.get("method")))
+    progress = checkpoint.load(store.checkpoint, digest(experiment))
+    bench = build(experiment, workshop)
+    rows = bench.tokens.test if file is None else _other_rows(bench, file)
+    scores = score(bench.federated, progress.model, rows, batch_size=experiment.evaluation.batch_size)
+    return {
+        "schema": 1,
+        "run_dir": str(folder),
+        "method": experiment.label,
+        "seed": experiment.seed,
+        "round": progress.round,
+        "data": experiment.data.name if file is None else file,
+        "rows": len(rows),
+        **scores.metrics(),
+        "clients": _spread(bench, rows, scores),
+    }
+
+
+def _other_rows(bench: Bench, file: str) -> TokenizedData:
+    data, model = bench.experiment.data, bench.experiment.model
+    names = bench.tokens.train.label_names if model.task == "sequence-classification" else ()
+    table = read_labelled_file(
+        file, text_column=data.text_column, label_column=data.label_column, label_names=names, field="--data"
+    )
+    tokenizer = load_tokenizer(model.name)
+    return tokenize(table, tokenizer, max_length=data.max_length, task=model.task, label_names=names)
+
+
+def _spread(bench: Bench, rows: TokenizedData, scores: Any) -> Plain | None:
+    """Return mean and worst tenth over clients; None where the rows cannot be dealt out to that many clients."""
+    experiment = bench.experiment
+    try:
+        parts = experiment.partition(rows.labels, experiment.fleet.clients, seed=experiment.seed)
+    except InputError:
+        return None
+    return dict(client_spread(client_metrics(scores, parts), bench.metric))
