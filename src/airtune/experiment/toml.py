@@ -50,7 +50,11 @@ def _write_table(table: Mapping[str, Any], path: tuple[str, ...], lines: list[st
 
 def _key(name: str) -> str:
     plain = name.replace("_", "").replace("-", "")
-    return name if plain.isalnum() and plain.isascii() else json.dumps(name)
+    return name if plain.isalnum() and plain.isascii() else _text(name)
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _value(value: Any) -> str:
@@ -63,7 +67,7 @@ def _value(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return _text(value)
     if isinstance(value, Mapping):
         entries = cast("Mapping[str, Any]", value).items()
         return "{ " + ", ".join(f"{_key(key)} = {_value(item)}" for key, item in entries) + " }"
