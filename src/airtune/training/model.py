@@ -99,6 +99,8 @@ class FederatedModel:
             if name not in fresh
         }
         self.network.requires_grad_(False).eval().to(device=self.device, dtype=BASE_TYPE[precision])
+        if precision == "bf16" and self.device.type == "cpu":
+            self.network.set_attn_implementation("eager")  # torch's fused attention is slow backwards in bf16 on a CPU
         self.network.config.use_cache = False
         self.pad_token_id = _set_pad_token(self.network.config)
         self._layers = inject_layers(self.network, tuple(self.shape.slots))
@@ -169,7 +171,7 @@ class FederatedModel:
         start = _map_tensors(train.take(model.adapter), lambda tensor: tensor.detach().cpu().clone())
         trained = _map_tensors(start, self._leaf)
         for owner, kind, tensor in trained.tensors():
-            wanted = train.extras if kind == "extra" else kind in train.tensors
+            wanted = train.extras if kind == "extra" else kind == "core" or kind in train.tensors
             tensor.requires_grad_(wanted and (kind == "extra" or train.kept(owner) > 0))
         frozen = _map_tensors(_held_only(model.adapter, train, receive), self._leaf)
         merged = {module: _map_factors(_as_factors(update), self._leaf) for module, update in model.base_update.items()}
@@ -232,8 +234,8 @@ class FederatedModel:
         if unplaced := set(adapter.factors) - {slot for slots in adapter.placement.values() for slot in slots}:
             raise ValueError(f"the slots {sorted(unplaced)} act in no module")
         for slot, factors in adapter.factors.items():
-            if factors.core is not None or factors.magnitude is not None:
-                raise ValueError(f"slot {slot!r} has a core or a magnitude, which plain LoRA layers cannot carry")
+            if factors.magnitude is not None:
+                raise ValueError(f"slot {slot!r} has a magnitude, which plain LoRA layers cannot carry")
 
 
 # ------------------------------------------------------------------------------------------------------------- adapters
@@ -257,7 +259,8 @@ def as_factors(update: MergedUpdate) -> LoraFactors:
 
 
 def _map_factors(factors: LoraFactors, change: Callable[[Tensor], Tensor]) -> LoraFactors:
-    return replace(factors, A=change(factors.A), B=change(factors.B))
+    core = None if factors.core is None else change(factors.core)
+    return replace(factors, A=change(factors.A), B=change(factors.B), core=core)
 
 
 def _as_factors(update: MergedUpdate) -> LoraFactors:
