@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from airtune.errors import NoResultError
+from airtune.lora import AdapterSlice, has_own, with_own
 from airtune.streams import stream
 from airtune.types import (
     ClientRecord,
@@ -113,10 +114,21 @@ def run(
         model, state = method.aggregate(progress.state, progress.model, outcome)
         progress = Progress(index, outcome.end_time, model, state, pending)
         due = index % evaluate_every == 0 or stop.reached(progress, {})
-        metrics = evaluate(model) if due else {}
+        metrics = _evaluated(evaluate, progress) if due else {}
         yield progress, _record(progress, seen.shape, outcome, metrics)
         if any(not math.isfinite(value) for value in metrics.values()):
             raise NoResultError(f"round {index}: the model diverged ({dict(metrics)}); lower training.learning_rate")
+
+
+def _evaluated(evaluate: Evaluate, progress: Progress) -> Mapping[str, float]:
+    """Return the metrics of the model, or the means over the clients that have a model of their own."""
+    memories = [memory for _, memory in sorted(progress.pending.memory.items()) if has_own(memory)]
+    if not memories:
+        return evaluate(progress.model)
+    adapter = progress.model.adapter
+    whole = AdapterSlice.everything(adapter.shape)
+    found = [evaluate(replace(progress.model, adapter=with_own(adapter, whole, memory))) for memory in memories]
+    return {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]}
 
 
 def _zeroth_record(metrics: Mapping[str, float]) -> RoundRecord:

@@ -496,6 +496,39 @@ class Exchange:
         )
 
 
+_OWN = "own/"
+
+
+def own_tensors(train: AdapterSlice, send: AdapterSlice, values: Adapter) -> dict[str, Tensor]:
+    """Return what a client trains and does not send, by name: it stays in the client's memory (FedSA-LoRA's B).
+
+    values : after training, in the coordinates of `train`.
+    """
+    kept = [kind for kind in ("A", "B") if kind in train.tensors - send.tensors]
+    own = {f"{_OWN}{kind}/{slot}": getattr(f, kind) for slot, f in values.factors.items() for kind in kept}
+    if train.extras and not send.extras:
+        own.update({f"{_OWN}extra/{name}": tensor for name, tensor in values.extras.items()})
+    return own
+
+
+def with_own(adapter: Adapter, train: AdapterSlice, memory: Mapping[str, Tensor]) -> Adapter:
+    """Return the adapter with a client's own tensors, as `own_tensors` named them, in place of the server's."""
+    own = {name.removeprefix(_OWN): tensor for name, tensor in memory.items() if name.startswith(_OWN)}
+    if not own:
+        return adapter
+    values = train.take(adapter)
+    factors = {
+        slot: replace(f, A=own.get(f"A/{slot}", f.A), B=own.get(f"B/{slot}", f.B)) for slot, f in values.factors.items()
+    }
+    extras = {name: own.get(f"extra/{name}", tensor) for name, tensor in values.extras.items()}
+    return train.put(adapter, values.with_factors(factors, extras))
+
+
+def has_own(memory: Mapping[str, Tensor]) -> bool:
+    """Return whether a client's memory holds tensors of its own model."""
+    return any(name.startswith(_OWN) for name in memory)
+
+
 # ------------------------------------------------------------------------------------------------------ merged updates
 
 

@@ -1,5 +1,7 @@
 """The base model with PEFT layers: what is active, what is trained, and that nothing else is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -265,13 +267,29 @@ def test_activation_forgets_the_client_before(bert):
 # ------------------------------------------------------------------------------------------------------------ checks
 
 
+def test_a_core_acts_between_the_factors_and_is_trained_alone(bert):
+    adapter = random_adapter(bert, 4)
+    draw = torch.Generator().manual_seed(5)
+    cored = {s: replace(f, core=torch.randn(4, 4, generator=draw).to(f.A)) for s, f in adapter.factors.items()}
+    folded = {s: LoraFactors(f.core @ f.A, f.B, f.scaling) for s, f in cored.items()}
+    server = ServerModel(adapter.with_factors(cored))
+    same = logits_of(bert, ServerModel(adapter.with_factors(folded)))
+    assert torch.allclose(logits_of(bert, server), same, atol=1e-5)
+    part = replace(AdapterSlice.everything(server.adapter.shape, frozenset()), extras=False)
+    active = bert.activate(server, part)
+    assert {kind for _, kind, _ in active.trained()} == {"core"}
+    bert.logits(*batch(bert)).square().sum().backward()
+    assert all(tensor.grad is not None and tensor.grad.any() for _, _, tensor in active.trained())
+    assert all(f.A.grad is None and f.B.grad is None for f in active.adapter.factors.values())
+
+
 def test_adapters_that_do_not_fit_are_refused(bert):
     adapter = random_adapter(bert, 4)
     slot = next(iter(adapter.factors))
     f = adapter.factors[slot]
-    core = {**adapter.factors, slot: LoraFactors(f.A, f.B, f.scaling, core=torch.eye(4))}
-    with pytest.raises(ValueError, match="core"):
-        bert.show(ServerModel(adapter.with_factors(core)))
+    magnitude = {**adapter.factors, slot: LoraFactors(f.A, f.B, f.scaling, magnitude=torch.ones(f.out_features))}
+    with pytest.raises(ValueError, match="magnitude"):
+        bert.show(ServerModel(adapter.with_factors(magnitude)))
     with pytest.raises(ValueError, match="no LoRA layer"):
         bert.show(ServerModel(adapter, {"bert.pooler.dense": f}))
     with pytest.raises(ValueError, match="head"):

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from airtune.clock import VirtualClock
+from airtune.lora import own_tensors, with_own
 from airtune.simulation.cell import Cell
 from airtune.simulation.costs import CostModel
 from airtune.streams import stream
@@ -34,6 +36,9 @@ from airtune.types import (
     Trainer,
     TrainingJob,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -169,10 +174,7 @@ class SimulatedRunner:
     ) -> tuple[list[ClientUpdate], tuple[LostTask, ...], dict[int, Mapping[str, object]]]:
         """Train what arrived, code it, decode it; a client whose loss is not finite is lost and named."""
         bases = self._group_models(arrived, models, fleet)
-        jobs = [
-            TrainingJob(f.task, bases[id(f)], f.round, f.group.cycles - 1, pending.memory.get(f.task.client, {}))
-            for f in arrived
-        ]
+        jobs = [_job(f, bases[id(f)], pending.memory.get(f.task.client, {})) for f in arrived]
         updates: list[ClientUpdate] = []
         lost: list[LostTask] = []
         memory: dict[int, Mapping[str, object]] = {}
@@ -180,7 +182,7 @@ class SimulatedRunner:
             if not math.isfinite(trained.reports.get("loss", 0.0)):
                 lost.append(LostTask(flight.task, "diverged", flight.cost))
                 continue
-            update, memory[flight.task.client] = self._upload(flight, job, trained)
+            update, memory[flight.task.client] = self._upload(flight, job, trained, bases[id(flight)])
             updates.append(update)
         return updates, tuple(lost), memory
 
@@ -203,7 +205,7 @@ class SimulatedRunner:
         jobs = [TrainingJob(f.task, model, f.round, cycle) for f in members]
         results = zip(members, jobs, self.trainer.train(jobs), strict=True)
         updates = tuple(
-            self._upload(flight, job, trained)[0]
+            self._upload(flight, job, trained, model)[0]
             for flight, job, trained in results
             if math.isfinite(trained.reports.get("loss", 0.0))
         )
@@ -214,13 +216,16 @@ class SimulatedRunner:
         )
         return first.group.combine(model, inner)
 
-    def _upload(self, flight: _Flight, job: TrainingJob, trained: Trained) -> tuple[ClientUpdate, Mapping[str, object]]:
+    def _upload(
+        self, flight: _Flight, job: TrainingJob, trained: Trained, base: ServerModel
+    ) -> tuple[ClientUpdate, Mapping[str, object]]:
+        """Return the decoded upload and the client's new memory; what it trained and does not send stays there."""
         task = flight.task
-        local = task.train.put(job.model.adapter, trained.values)
-        start = task.send.take(job.model.adapter)
+        local = task.train.put(base.adapter, trained.values)
+        start = task.send.take(base.adapter)
         rng = stream(self.seed, "compressor", job.round, task.client, job.cycle)
         payload, memory = task.compressor.encode(task.send, task.send.take(local), start, job.memory, rng)
-        bound = task.compressor.bits(task.send, job.model.adapter.shape)
+        bound = task.compressor.bits(task.send, base.adapter.shape)
         if payload.bits > bound:
             raise AssertionError(f"client {task.client}: the payload has {payload.bits} bits, its bound is {bound}")
         saved = bound - payload.bits
@@ -234,7 +239,7 @@ class SimulatedRunner:
             cost=cost,
             reports={**trained.reports, **self._measured(flight)},
         )
-        return update, memory
+        return update, {**memory, **own_tensors(task.train, task.send, trained.values)}
 
     def _measured(self, flight: _Flight) -> dict[str, float]:
         """Return what a device would measure of its own work: the seconds that the clock charged."""
@@ -301,6 +306,13 @@ def _group_end(flights: Sequence[_Flight], group: Group, start: float) -> float:
 
 _NOTHING = TaskCost(0.0, 0.0, 0.0, 0, 0, 0.0)
 _EARLIER = Group((), Cutoff(late="keep"))  # the group of what was in flight before this round
+
+
+def _job(flight: _Flight, base: ServerModel, memory: Mapping[str, Tensor]) -> TrainingJob:
+    """Return the job of a flight's last cycle; a client that has tensors of its own starts from them."""
+    adapter = with_own(base.adapter, flight.task.train, memory)
+    model = base if adapter is base.adapter else replace(base, adapter=adapter)
+    return TrainingJob(flight.task, model, flight.round, flight.group.cycles - 1, memory)
 
 
 def _busy(cost: TaskCost) -> float:

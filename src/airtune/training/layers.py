@@ -54,7 +54,7 @@ def install_parts(layer: LoraLinear, parts: Sequence[tuple[LoraFactors, nn.Modul
         kept.clear()
     names = [f"part{index}" for index in range(len(parts))]
     for name, (factors, dropout) in zip(names, parts, strict=True):
-        state.lora_A[name] = _linear(factors.A)
+        state.lora_A[name] = _linear(factors.A) if factors.core is None else _Cored(factors.A, factors.core)
         state.lora_B[name] = _linear(factors.B)
         state.lora_dropout[name] = nn.Identity() if dropout is None else dropout
         state.scaling[name] = factors.scaling
@@ -65,6 +65,25 @@ def install_parts(layer: LoraLinear, parts: Sequence[tuple[LoraFactors, nn.Modul
     layer.set_adapter(names, inference_mode=True)  # activates the parts, but also switches all gradients off
     for parameter in trained:
         parameter.requires_grad_(True)
+
+
+class _Cored(nn.Module):
+    """``core A x`` where PEFT expects A: the inner factors of Fed-SB."""
+
+    def __init__(self, rows: Tensor, core: Tensor) -> None:
+        """Put these very tensors into the module."""
+        super().__init__()
+        self.rows = _linear(rows)
+        self.core = _linear(core)
+
+    @property
+    def weight(self) -> Tensor:
+        """Return A: PEFT reads its type."""
+        return self.rows.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the core applied to A x."""
+        return self.core(self.rows(x))
 
 
 def _linear(weight: Tensor) -> nn.Linear:
