@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -298,8 +298,9 @@ def _check_channel(channel: Channel) -> None:
     at_least_one = ("base_noise_figure", "user_noise_figure", "interference_margin", "snr_gap")
     _check_all(channel, [name for name, _ in positive], lambda v: v > 0.0, dict(positive), "positive")
     _check_all(channel, at_least_one, lambda v: v >= 1.0, dict.fromkeys(at_least_one, "linear"), "at least 1 (0 dB)")
-    if channel.block != "round" and not 1e-4 <= float(channel.block) < math.inf:
-        raise InputError(f'block: must be "round" or seconds of at least 0.0001; got {channel.block!r}')
+    block = cast("object", channel.block)  # a configuration file may hold any text
+    if block != "round" and not (isinstance(block, int | float) and 1e-4 <= block < math.inf):
+        raise InputError(f'block: must be "round" or seconds of at least 0.0001; got {block!r}')
     sites = channel.sites()
     reach = channel.area.extent
     if channel.cells > 1:
