@@ -17,7 +17,7 @@ from airtune.errors import InputError
 from airtune.experiment.config import Experiment
 from airtune.experiment.sections import Engine
 from airtune.experiment.world import cell_of, nominal_fleet
-from airtune.federation import Stop
+from airtune.federation import Stop, prepared
 from airtune.scheduling.work import ChoosesRanks
 from airtune.simulation.cell import Cell
 from airtune.simulation.costs import CostModel
@@ -129,9 +129,10 @@ def build(experiment: Experiment, workshop: Workshop) -> Bench:
     torch.set_num_threads(experiment.engine.threads or 1)
     tokens = workshop.tokens(experiment.data, experiment.model)
     tokens.split(experiment.evaluation.split)
-    clients = experiment.partition(tokens.train.labels, experiment.fleet.clients, seed=experiment.seed)
+    clients = _partition(experiment, tokens.train)
     federated = workshop.model(experiment.model, experiment.engine, _num_labels(experiment.model, tokens))
-    start = ServerModel(federated.initial_adapter(experiment.seed, _ranks(experiment, federated)))
+    plain = ServerModel(federated.initial_adapter(experiment.seed, _ranks(experiment, federated)))
+    start = prepared(experiment.method, plain)
     cell = cell_of(experiment, _costs(experiment, federated, start, tokens.train, clients))
     trainer = LocalTrainer(federated, tokens.train, clients, experiment.seed)
     causal = experiment.model.task == "causal-lm"
@@ -146,6 +147,14 @@ def build(experiment: Experiment, workshop: Workshop) -> Bench:
         metric="loss" if causal else "accuracy",
         direction="min" if causal else "max",
     )
+
+
+def _partition(experiment: Experiment, train: TokenizedData) -> list[Indices]:
+    try:
+        return experiment.partition(train.labels, experiment.fleet.clients, seed=experiment.seed)
+    except InputError as error:
+        text = str(error)
+        raise InputError(f"data.{text}" if text.startswith("partition") else text) from error
 
 
 def _tokenize(rows: LabelledData, data: DataConfig, model: ModelConfig) -> Tokens:

@@ -154,8 +154,12 @@ def read_file(path: Path, overrides: Mapping[str, Any] | None = None) -> Experim
 
 
 def read_experiment(plain: Plain, label: str | None = None) -> Experiment:
-    """Return the experiment of plain data as `Experiment.plain` gives it."""
-    return ExperimentFile(str(plain.get("name", "experiment")), plain).experiment(label)
+    """Return the experiment of plain data as `Experiment.plain` gives it.
+
+    label : of the run; None: the method's name.
+    """
+    made = ExperimentFile(str(plain.get("name", "experiment")), plain)
+    return _experiment(plain, label or made.default_method(), made.name)
 
 
 def _choose_method(tables: Plain, variants: Mapping[str, Plain], label: str) -> Plain:

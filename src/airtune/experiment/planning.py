@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from airtune.aggregation.declaring import reshaped
 from airtune.devices.latency import TransformerShape
 from airtune.errors import NoResultError
 from airtune.experiment.assumptions import Assumptions, assume
@@ -128,6 +129,7 @@ def _world(experiment: Experiment, assumed: Assumptions) -> tuple[Cell, ServerMo
     if isinstance(experiment.method, ChoosesRanks):
         ranks = experiment.method.ranks(shape)
         shape = adapter_shape(config, experiment.model, assumed.classes, ranks)
+    shape = reshaped(experiment.method, shape)
     clients = experiment.fleet.clients
     costs = CostModel(
         fleet=nominal_fleet(experiment.fleet, np.full(clients, assumed.examples)),
@@ -149,7 +151,12 @@ def _sizes_only(shape: AdapterShape) -> Adapter:
 
     return Adapter(
         factors={
-            name: LoraFactors(zeros(s.rank, s.in_features), zeros(s.out_features, s.rank), s.scaling)
+            name: LoraFactors(
+                zeros(s.rank, s.in_features),
+                zeros(s.out_features, s.rank),
+                s.scaling,
+                core=zeros(s.rank, s.rank) if s.core else None,
+            )
             for name, s in shape.slots.items()
         },
         placement={name: (name,) for name in shape.slots},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -19,7 +19,9 @@ from airtune.experiment.config import Experiment, read_experiment
 from airtune.experiment.provenance import git_revision, versions
 from airtune.experiment.store import ADAPTER_FOLDER, SCHEMA, Plain, RunStore, disk_errors, new_store
 from airtune.federation import Progress, begin, run
+from airtune.lora import AdapterSlice, has_own, with_own
 
+PERSONAL_FOLDER = "adapters"  # one adapter per client, where models are personal
 LARGEST_FLEET_TABLE = 20_000  # clients; run.json names each client of a smaller fleet [our choice]
 
 
@@ -161,7 +163,18 @@ def _export(bench: Bench, progress: Progress, store: RunStore) -> Plain:
 
     with disk_errors(store.adapter):
         export_adapter(bench.federated, progress.model, store.adapter)
-    return {"kind": "peft", "path": ADAPTER_FOLDER, "base_model": bench.experiment.model.name}
+    export: Plain = {"kind": "peft", "path": ADAPTER_FOLDER, "base_model": bench.experiment.model.name}
+    own = {client: memory for client, memory in sorted(progress.pending.memory.items()) if has_own(memory)}
+    if not own:
+        return export
+    adapter = progress.model.adapter
+    whole = AdapterSlice.everything(adapter.shape)
+    for client, memory in own.items():
+        folder = store.adapter.parent / PERSONAL_FOLDER / str(client)
+        with disk_errors(folder):
+            personal = replace(progress.model, adapter=with_own(adapter, whole, memory))
+            export_adapter(bench.federated, personal, folder)
+    return {**export, "personal": PERSONAL_FOLDER}
 
 
 # ------------------------------------------------------------------------------------------------------------ run.json
