@@ -74,9 +74,14 @@ class Prepares(Protocol):
         ...
 
 
+def prepared(method: object, model: ServerModel) -> ServerModel:
+    """Return the model that a method starts from: the given one if it does not prepare another."""
+    return method.prepare(model) if isinstance(method, Prepares) else model
+
+
 def begin(method: Method[Any], model: ServerModel, environment: Environment) -> Progress:
     """Return the progress before round 1: a method that wants another start prepares the model first."""
-    model = method.prepare(model) if isinstance(method, Prepares) else model
+    model = prepared(method, model)
     return Progress(round=0, time=0.0, model=model, state=method.init(model, environment.fleet))
 
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 from airtune.capabilities import Trait
-from airtune.federation import Prepares
-from airtune.lora import Exchange
+from airtune.lora import AdapterShape, Exchange
 from airtune.types import Aggregator, RoundOutcome, ServerModel
 
 
@@ -35,6 +34,15 @@ class ChoosesFactors(Protocol):
 
 
 @runtime_checkable
+class Reshapes(Protocol):
+    """A method or an aggregator whose first adapter has other tensors than A and B: Fed-SB's core."""
+
+    def reshape(self, shape: AdapterShape) -> AdapterShape:
+        """Return the sizes of the prepared adapter, without any tensor: planning asks for them."""
+        ...
+
+
+@runtime_checkable
 class DeclaresLinear(Protocol):
     """An aggregator that says whether all it needs of the clients is one weighted sum of what they send.
 
@@ -53,9 +61,9 @@ def exchange_of(aggregator: Aggregator, round_index: int) -> Exchange:
     return aggregator.exchange(round_index) if isinstance(aggregator, ChoosesFactors) else Exchange()
 
 
-def prepared(aggregator: Aggregator, model: ServerModel) -> ServerModel:
-    """Return the model that an aggregator wants to start from: the given one if it does not say."""
-    return aggregator.prepare(model) if isinstance(aggregator, Prepares) else model
+def reshaped(part: object, shape: AdapterShape) -> AdapterShape:
+    """Return the sizes of the adapter that a method or an aggregator starts from, given those of the plain one."""
+    return part.reshape(shape) if isinstance(part, Reshapes) else shape
 
 
 def is_linear(aggregator: Aggregator) -> bool:

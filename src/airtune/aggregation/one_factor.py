@@ -24,7 +24,7 @@ from airtune.aggregation.merging import Redraw, column_bits, merged, restarted, 
 from airtune.aggregation.stacking import SKETCH_REASON, started
 from airtune.capabilities import Trait
 from airtune.errors import InputError, unknown_name
-from airtune.lora import NEITHER, ONLY_A, ONLY_B, Exchange, Factor, LoraFactors, stack
+from airtune.lora import NEITHER, ONLY_A, ONLY_B, AdapterShape, Exchange, Factor, LoraFactors, stack
 from airtune.streams import torch_seed
 from airtune.types import ClientUpdate, RoundOutcome, ServerModel
 
@@ -176,6 +176,10 @@ class SharedCore:
     def exchange(self, round_index: int) -> Exchange:
         """Return that neither A nor B is trained or travels: the core goes with every slice."""
         return Exchange(receive=NEITHER, train=NEITHER, send=NEITHER)
+
+    def reshape(self, shape: AdapterShape) -> AdapterShape:
+        """Return the sizes with a core in every slot."""
+        return replace(shape, slots={name: replace(slot, core=True) for name, slot in shape.slots.items()})
 
     def prepare(self, model: ServerModel) -> ServerModel:
         """Return the model with orthonormal A and B and a core of zeros.

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from airtune.aggregation.declaring import exchange_of, prepared
+from airtune.aggregation.declaring import exchange_of, reshaped
 from airtune.aggregation.mean import Mean
 from airtune.aggregation.registry import AGGREGATORS
 from airtune.capabilities import Trait, compatible
 from airtune.compression.dense import Dense
 from airtune.errors import InputError
+from airtune.federation import prepared
 from airtune.lora import AdapterShape
 from airtune.methods import built_in_names, method_class
 from airtune.scheduling.planner import Separate
@@ -109,6 +110,10 @@ class Composed:
         """Return the model that the aggregator wants to start from."""
         return prepared(self.aggregator, model)
 
+    def reshape(self, shape: AdapterShape) -> AdapterShape:
+        """Return the sizes of the prepared adapter."""
+        return reshaped(self.aggregator, shape)
+
     def init(self, model: ServerModel, fleet: Fleet) -> Any:
         """Return the planner's state."""
         return self.planner.init(model, fleet)
@@ -144,6 +149,10 @@ class FromParts(ABC):
     def prepare(self, model: ServerModel) -> ServerModel:
         """Return the model that the aggregator wants to start from."""
         return self.composed.prepare(model)
+
+    def reshape(self, shape: AdapterShape) -> AdapterShape:
+        """Return the sizes of the prepared adapter."""
+        return self.composed.reshape(shape)
 
     def init(self, model: ServerModel, fleet: Fleet) -> Any:
         """Return the planner's state."""

@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from airtune.aggregation.declaring import reshaped
 from airtune.aggregation.staleness import weaken_stale
 from airtune.errors import InputError
+from airtune.federation import prepared
 from airtune.lora import AdapterShape
 from airtune.scheduling.work import ChoosesRanks
 from airtune.types import Cutoff, Fleet, Method, Observation, Plan, RoundOutcome, ServerModel
@@ -60,6 +62,14 @@ class Deadline:
         """Return the ranks that the wrapped method wants."""
         return _ranks(self.method, shape)
 
+    def prepare(self, model: ServerModel) -> ServerModel:
+        """Return the model that the wrapped method starts from."""
+        return prepared(self.method, model)
+
+    def reshape(self, shape: AdapterShape) -> AdapterShape:
+        """Return the sizes of the adapter that the wrapped method starts from."""
+        return reshaped(self.method, shape)
+
 
 @dataclass(frozen=True)
 class FirstArrivals:
@@ -98,6 +108,14 @@ class FirstArrivals:
         """Return the ranks that the wrapped method wants."""
         return _ranks(self.method, shape)
 
+    def prepare(self, model: ServerModel) -> ServerModel:
+        """Return the model that the wrapped method starts from."""
+        return prepared(self.method, model)
+
+    def reshape(self, shape: AdapterShape) -> AdapterShape:
+        """Return the sizes of the adapter that the wrapped method starts from."""
+        return reshaped(self.method, shape)
+
 
 @dataclass(frozen=True)
 class Staleness:
@@ -135,6 +153,14 @@ class Staleness:
     def ranks(self, shape: AdapterShape) -> Mapping[str, int]:
         """Return the ranks that the wrapped method wants."""
         return _ranks(self.method, shape)
+
+    def prepare(self, model: ServerModel) -> ServerModel:
+        """Return the model that the wrapped method starts from."""
+        return prepared(self.method, model)
+
+    def reshape(self, shape: AdapterShape) -> AdapterShape:
+        """Return the sizes of the adapter that the wrapped method starts from."""
+        return reshaped(self.method, shape)
 
 
 def _with_cutoffs(plan: Plan, change: Callable[[Cutoff], Cutoff]) -> Plan:
