@@ -20,6 +20,7 @@ from airtune.methods.flora import FLoRA
 from airtune.methods.florist import FLoRIST
 from airtune.methods.galore_avg import GaLoreAverage
 from airtune.methods.hetlora import HetLoRA
+from airtune.methods.hierfedlora import HierFedLoRA
 from airtune.methods.legend import Legend
 from airtune.methods.lora_fair import LoRAFair
 from airtune.methods.rac_lora import RACLoRA
@@ -56,6 +57,9 @@ ROWS = [
     Row("fedit", FedIT(weights="uniform", bandwidth=EqualFinish()), {"seed": FULL}),
     Row("hetlora", HetLoRA(lowest_rank=1, cohort_size=1), {}),
     Row("hetlora", HetLoRA(lowest_rank=1, decay=0.5, scope="model"), {"seed": FULL, "fixed point": PADDED}),
+    Row("hierfedlora", HierFedLoRA(groups=2, most_frequency=3), {"seed": FULL}),
+    Row("hierfedlora", HierFedLoRA(groups=3, grouping="random", weights="normalised", regroup_rounds=1)),
+    Row("hierfedlora", HierFedLoRA(groups=2, step_budget=4, wait_tolerance=0.1, cohort_size=1)),
     Row("legend", Legend(reference_rank=2), {"seed": FULL}),
     Row(
         "legend",

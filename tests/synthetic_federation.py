@@ -63,6 +63,7 @@ def make_fleet(
     flops: Any = None,
     memory: Any = None,
     examples: Any = None,
+    labels: Any = None,
 ) -> Fleet:
     """Return a fleet whose devices differ in speed, memory and number of examples."""
     grid = np.arange(size)
@@ -74,6 +75,7 @@ def make_fleet(
         energy_per_flop=np.full(size, 1e-10),
         receive_power=np.full(size, 0.5),
         num_examples=np.broadcast_to(20 + 5 * grid if examples is None else examples, (size,)).astype(np.int64),
+        label_counts=labels,
     )
 
 
@@ -156,16 +158,26 @@ class SyntheticWorld:
         self, plan: Plan, model: ServerModel, pending: Pending, *, round_index: int, time: float
     ) -> tuple[RoundOutcome, Pending]:
         seen = self.observe(round_index, time, pending, model)
-        done = [(task, self.cost(task, seen)) for task in plan.tasks]
-        ends = [time + cost.compute_seconds + cost.upload_seconds for _, cost in done]
-        updates = tuple(
-            self.update(task, cost, model, round_index, time, end)
-            for (task, cost), end in zip(done, ends, strict=True)
-            if task.client != self.missing
-        )
-        lost = tuple(LostTask(task, "vanished", cost) for task, cost in done if task.client == self.missing)
-        end = max(ends, default=time + 1.0)
-        outcome = RoundOutcome(plan, self.fleet, updates, lost, time, end)
+        updates: list[ClientUpdate] = []
+        lost: list[LostTask] = []
+        end = time + 1.0 if not plan.tasks else time
+        for group in plan.groups:
+            costs = {task.client: self.cost(task, seen) for task in group.tasks}
+            cycle = {client: cost.compute_seconds + cost.upload_seconds for client, cost in costs.items()}
+            start, own = time + (group.cycles - 1) * max(cycle.values(), default=0.0), model
+            for index in range(group.cycles - 1):
+                inner = [self.update(t, costs[t.client], own, round_index, time, start, index + 1) for t in group.tasks]
+                assert group.combine is not None
+                own = group.combine(own, RoundOutcome(Plan((group,)), self.fleet, tuple(inner), (), time, start))
+            for task in group.tasks:
+                total = times(costs[task.client], group.cycles)
+                end = max(end, start + cycle[task.client])
+                if task.client == self.missing:
+                    lost.append(LostTask(task, "vanished", total))
+                    continue
+                last = self.update(task, costs[task.client], own, round_index, time, start + cycle[task.client])
+                updates.append(replace(last, cost=total, model_version=model.version))
+        outcome = RoundOutcome(plan, self.fleet, tuple(updates), tuple(lost), time, end)
         reports = {**pending.reports, **{u.task.client: u.reports for u in updates}}
         return outcome, replace(pending, reports=reports)
 
@@ -183,9 +195,16 @@ class SyntheticWorld:
         )
 
     def update(
-        self, task: ClientTask, cost: TaskCost, model: ServerModel, round_index: int, start: float, end: float
+        self,
+        task: ClientTask,
+        cost: TaskCost,
+        model: ServerModel,
+        round_index: int,
+        start: float,
+        end: float,
+        cycle: int = 0,
     ) -> ClientUpdate:
-        generator = torch.Generator().manual_seed(1000 * round_index + task.client)
+        generator = torch.Generator().manual_seed(100_000 * round_index + 1000 * cycle + task.client)
         values = disturbed(task, model.adapter, self.noise, generator)
         forward, backward = SyntheticCosts(self.fleet, model.adapter.shape).compute_flops(task)
         share = forward / (forward + backward)
@@ -197,6 +216,18 @@ class SyntheticWorld:
             **tail_reports(task, task.send.take(model.adapter), values),
         }
         return ClientUpdate(task, values, model.version, start, end, cost, reports)
+
+
+def times(cost: TaskCost, cycles: int) -> TaskCost:
+    """Return the cost of several equal cycles."""
+    return TaskCost(
+        cycles * cost.download_seconds,
+        cycles * cost.compute_seconds,
+        cycles * cost.upload_seconds,
+        cycles * cost.uplink_bits,
+        cycles * cost.downlink_bits,
+        cycles * cost.joules,
+    )
 
 
 def disturbed(task: ClientTask, adapter: Adapter, noise: float, generator: torch.Generator) -> Adapter:

@@ -35,6 +35,7 @@ _BUILT_IN: Mapping[str, str] = {
     "florist": "airtune.methods.florist:FLoRIST",
     "galore-avg": "airtune.methods.galore_avg:GaLoreAverage",
     "hetlora": "airtune.methods.hetlora:HetLoRA",
+    "hierfedlora": "airtune.methods.hierfedlora:HierFedLoRA",
     "legend": "airtune.methods.legend:Legend",
     "lora-fair": "airtune.methods.lora_fair:LoRAFair",
     "rac-lora": "airtune.methods.rac_lora:RACLoRA",
