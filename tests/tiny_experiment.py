@@ -83,7 +83,7 @@ def write_experiment(folder: Path, *, seed: int = 0, rows: int = 240, words: int
 def _write_model(folder: Path) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -99,7 +99,7 @@ def _write_model(folder: Path) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        BertForSequenceClassification(config).save_pretrained(folder)
+        BertModel(config).save_pretrained(folder)  # without a head: it is drawn with the experiment's seed
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
