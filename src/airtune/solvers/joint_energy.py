@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import lambertw
 
 from airtune.solvers.airtime import check_band
 from airtune.solvers.equal_finish import Uploads
@@ -104,21 +103,27 @@ def power_slope(u: ArrayLike) -> Array:
     """Return k(u) = (u - 1) e^u + 1 >= 0, by its series where the difference would cancel."""
     exponent = np.asarray(u, dtype=np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
-        direct = (exponent - 1.0) * np.expm1(exponent) + exponent
-    small = np.minimum(exponent, 0.1)
-    series, term = np.zeros_like(small), small.copy()
-    for n in range(2, 14):  # sum of (n - 1) u^n / n!
-        term = term * small / n
-        series = series + (n - 1) * term
-    return np.where(exponent < 0.1, series, direct)
+        value = np.asarray((exponent - 1.0) * np.expm1(exponent) + exponent)
+    near = exponent < 0.1
+    if near.any():
+        small = exponent[near]
+        series, term = np.zeros_like(small), small.copy()
+        for n in range(2, 14):  # sum of (n - 1) u^n / n!
+            term = term * small / n
+            series = series + (n - 1) * term
+        value[near] = series
+    return value
 
 
 def exponent_for_slope(y: ArrayLike) -> Array:
-    """Return u > 0 with power_slope(u) = y > 0: u = 1 + W_0((y - 1) / e), then Newton's method on log k over log u."""
+    """Return u > 0 with power_slope(u) = y > 0: u = 1 + W_0((y - 1) / e).
+
+    Evaluated by Newton's method on log k over log u from the two ends' expansions, sqrt(2 y) and ln y - ln ln y, as
+    scipy's `lambertw` costs complex arithmetic and loses digits near its branch point y = 0.
+    """
     wanted = np.asarray(y, dtype=np.float64)
-    branch = lambertw((wanted - 1.0) / np.e)  # pyright: ignore[reportArgumentType]  (its stub knows scalars only)
-    principal = np.real(branch) + 1.0
-    u = np.where(wanted < 1e-2, np.sqrt(2.0 * wanted), principal)
+    log = np.log1p(wanted)
+    u = np.where(wanted < 1.0, np.sqrt(2.0 * wanted), 1.0 + log - np.log1p(log))
     for _ in range(40):
         value = power_slope(u)
         with np.errstate(over="ignore", invalid="ignore"):
