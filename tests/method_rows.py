@@ -18,6 +18,7 @@ from airtune.methods.ffa_lora import FFALoRA
 from airtune.methods.flexlora import FlexLoRA
 from airtune.methods.flora import FLoRA
 from airtune.methods.florist import FLoRIST
+from airtune.methods.fslora import FSLoRA
 from airtune.methods.galore_avg import GaLoreAverage
 from airtune.methods.hetlora import HetLoRA
 from airtune.methods.hierfedlora import HierFedLoRA
@@ -86,6 +87,8 @@ ROWS = [
     Row("flora", FLoRA(cohort_size=1), exact=False),
     Row("flora", FLoRA(lowest_rank=1), {"seed": FULL}, exact=False),
     Row("florist", FLoRIST(cohort_size=1, lowest_rank=2), exact=False),
+    Row("fslora", FSLoRA(cohort_size=1)),
+    Row("fslora", FSLoRA(assign="random", scope="client", download="all", weights="examples")),
     Row("galore-avg", GaLoreAverage(cohort_size=1), exact=False),
     Row("lora-fair", LoRAFair(cohort_size=1), exact=False),
     Row("lora-fair", LoRAFair(correction="published", iterations=3), {"seed": FULL}, exact=False),

@@ -33,6 +33,7 @@ _BUILT_IN: Mapping[str, str] = {
     "flexlora": "airtune.methods.flexlora:FlexLoRA",
     "flora": "airtune.methods.flora:FLoRA",
     "florist": "airtune.methods.florist:FLoRIST",
+    "fslora": "airtune.methods.fslora:FSLoRA",
     "galore-avg": "airtune.methods.galore_avg:GaLoreAverage",
     "hetlora": "airtune.methods.hetlora:HetLoRA",
     "hierfedlora": "airtune.methods.hierfedlora:HierFedLoRA",
