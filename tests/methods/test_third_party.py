@@ -86,3 +86,9 @@ def test_it_passes_the_conformance_table(installed: dict[str, str]) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+def test_the_documentation_shows_this_very_package() -> None:
+    page = (TESTS.parent / "docs" / "writing-a-method.md").read_text(encoding="utf-8")
+    for shown in ("src/airtune_fastest/__init__.py", "pyproject.toml"):
+        assert (SOURCE / shown).read_text(encoding="utf-8") in page

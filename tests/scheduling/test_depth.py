@@ -1,7 +1,6 @@
 """Rank profiles and depth choices: the properties that LEGEND's specification asks for, and brute force."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -197,7 +196,7 @@ def brute_force(parts: tuple[np.ndarray, ...], profiles: list[list[int]], allowe
     return best
 
 
-def test_variant_c_against_brute_force_with_a_and_b_beside_it(record_property: Callable[[str, object], None]) -> None:
+def test_variant_c_against_brute_force_with_a_and_b_beside_it() -> None:
     """At most 5 devices, 6 layers, 200 instances with an answer: C within 5 % in at least 95 % of them."""
     slopes = (0.0, 0.25, 0.5, 0.75, 1.0)
     profiles = [rank_profile(6, 8, slope=slope) for slope in slopes]
@@ -230,9 +229,8 @@ def test_variant_c_against_brute_force_with_a_and_b_beside_it(record_property: C
                 if choice.mean_wait <= rule.wait_seconds * (1.0 + 1e-9)
             ]
             assert max(rates, default=0.0) <= best * (1.0 + 1e-9)
-            good[variant] += max(rates, default=0.0) >= 0.95 * best
-    for variant, count in good.items():
-        record_property(f"within_5_percent_{variant}", count / instances)
+            good[variant] += int(max(rates, default=0.0) >= 0.95 * best)
+    print({variant: count / instances for variant, count in good.items()})  # pytest -s shows it
     assert good["C"] == instances
     assert good["A"] > 0.3 * instances
     assert good["B"] > 0.2 * instances
