@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import traceback
@@ -18,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 a bug, 2 bad input, 3 no result, 130 interrupted."""
     from airtune.cli.arguments import parse
 
+    # Read by OpenMP when torch is loaded: threads that wait sleep. Spinning ones stall each other on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     with contextlib.suppress(ValueError):  # not in the main thread: whoever started us handles signals
         signal.signal(signal.SIGTERM, _interrupt)
