@@ -18,6 +18,7 @@ from airtune.experiment.config import Experiment
 from airtune.experiment.sections import Engine
 from airtune.experiment.world import cell_of, nominal_fleet
 from airtune.federation import Stop, prepared
+from airtune.lora import AdapterShape
 from airtune.scheduling.work import ChoosesRanks
 from airtune.simulation.cell import Cell
 from airtune.simulation.costs import CostModel
@@ -81,7 +82,7 @@ class Bench:
     Attributes
     ----------
     experiment : with every automatic choice made.
-    federated : the base model. start : the federation's model before round 1.
+    federated : the base model. start : the federation's model before the method prepares it for round 1.
     tokens : the rows. clients : client -> its training rows.
     cell, runner : the world, and what acts in it.
     metric, direction : what the run is judged by.
@@ -131,9 +132,9 @@ def build(experiment: Experiment, workshop: Workshop) -> Bench:
     tokens.split(experiment.evaluation.split)
     clients = _partition(experiment, tokens.train)
     federated = workshop.model(experiment.model, experiment.engine, _num_labels(experiment.model, tokens))
-    plain = ServerModel(federated.initial_adapter(experiment.seed, _ranks(experiment, federated)))
-    start = prepared(experiment.method, plain)
-    cell = cell_of(experiment, _costs(experiment, federated, start, tokens.train, clients))
+    start = ServerModel(federated.initial_adapter(experiment.seed, _ranks(experiment, federated)))
+    sizes = prepared(experiment.method, start).adapter.shape
+    cell = cell_of(experiment, _costs(experiment, federated, sizes, tokens.train, clients))
     trainer = LocalTrainer(federated, tokens.train, clients, experiment.seed)
     causal = experiment.model.task == "causal-lm"
     return Bench(
@@ -179,7 +180,7 @@ def _ranks(experiment: Experiment, federated: FederatedModel) -> Mapping[str, in
 def _costs(
     experiment: Experiment,
     federated: FederatedModel,
-    start: ServerModel,
+    adapter: AdapterShape,
     train: TokenizedData,
     clients: list[Indices],
 ) -> CostModel:
@@ -189,7 +190,7 @@ def _costs(
     lengths = [float(train.lengths[rows].mean()) if len(rows) else overall for rows in clients]
     return CostModel(
         fleet=nominal_fleet(experiment.fleet, sizes, counts),
-        shape=start.adapter.shape,
+        shape=adapter,
         network=TransformerShape.from_config(federated.config_json),
         tokens=np.array(lengths),
         head="causal" if experiment.model.task == "causal-lm" else "classification",

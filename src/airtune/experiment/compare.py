@@ -113,10 +113,9 @@ def compare(comparison: Comparison, session: Session) -> Compared:
             except (InputError, NoResultError) as error:
                 failed[folder] = str(error)
                 errors.append(error)
-    stored = tuple(folder for folder in folders if (folder / "run.json").is_file())
-    if not stored:
+    if len(failed) == len(folders) and all(isinstance(error, InputError) for error in errors):
         raise errors[0]
-    return Compared(stored, failed, tuned)
+    return Compared(tuple(folder for folder in folders if (folder / "run.json").is_file()), failed, tuned)
 
 
 def _prepared(comparison: Comparison, method: str, session: Session) -> Experiment:

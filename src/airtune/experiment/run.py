@@ -111,7 +111,7 @@ def resume(folder: Path, limits: Mapping[str, Any], session: Session) -> Plain:
     if lines:
         _check_not_over(bench, progress, lines[-1], folder)
         _forget_last_evaluation(store, lines, bench)
-    store.update_head(status="running", config=bench.experiment.plain())
+    store.update_head(status="running", config=bench.experiment.plain(), error=None)
     return _run(bench, store, progress, session)
 
 
