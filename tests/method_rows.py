@@ -12,6 +12,7 @@ from airtune.methods.composed import Composed
 from airtune.methods.fed_sb import FedSB
 from airtune.methods.fedex_lora import FedExLoRA
 from airtune.methods.fedit import FedIT
+from airtune.methods.fedra import FedRA
 from airtune.methods.fedsa_lora import FedSALoRA
 from airtune.methods.fedsvd import FedSVD
 from airtune.methods.ffa_lora import FFALoRA
@@ -76,6 +77,8 @@ ROWS = [
     Row("fed-sb", FedSB(cohort_size=1)),
     Row("fedex-lora", FedExLoRA(cohort_size=1, weights="uniform"), exact=False),
     Row("fedex-lora", FedExLoRA(lowest_rank=1, residual_rank=2), {"seed": FULL, "fixed point": TRUNCATED}),
+    Row("fedra", FedRA(cohort_size=1)),
+    Row("fedra", FedRA(least_layers=2, outside="absent", weights="uniform", cohort_size=2)),
     Row("fedsa-lora", FedSALoRA(cohort_size=1)),
     Row("fedsa-lora", FedSALoRA(shared="B"), {"seed": FULL}),
     Row("fedsvd", FedSVD(cohort_size=1), exact=False),

@@ -18,7 +18,7 @@ from airtune.scheduling.bandwidth import EqualFinish
 from airtune.scheduling.planner import Separate
 from airtune.scheduling.power import LeastPower
 from airtune.scheduling.sampling import All, Independent, Uniform, Weighted
-from airtune.scheduling.slicing import Depth, FullSlice, RankByMemory, Sketch
+from airtune.scheduling.slicing import Depth, FullSlice, RandomLayers, RankByMemory, Sketch
 from airtune.scheduling.work import ChoosesRanks
 from airtune.types import ServerModel
 from synthetic_federation import SyntheticWorld, make_adapter, make_fleet
@@ -29,7 +29,7 @@ PLANNER_ROWS: list[Any] = [
     *(
         Separate(sampler, slicer)
         for sampler in (All(), Uniform(3), Weighted(3), Independent(3.0))
-        for slicer in (FullSlice(), RankByMemory(), Depth(2), Depth(outside="absent"), Sketch(2))
+        for slicer in (FullSlice(), RankByMemory(), Depth(2), Depth(outside="absent"), RandomLayers(), Sketch(2))
     ),
     Separate(bandwidth=EqualFinish(), power=LeastPower()),
     HetLoRA(lowest_rank=1),

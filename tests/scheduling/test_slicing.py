@@ -11,7 +11,7 @@ from airtune.scheduling.bandwidth import EqualFinish, EqualSplit
 from airtune.scheduling.planner import Separate, make_tasks, share_band
 from airtune.scheduling.power import LeastPower
 from airtune.scheduling.sampling import Uniform
-from airtune.scheduling.slicing import Depth, FullSlice, RankByMemory, Sketch, Slicer, ranks_by_memory
+from airtune.scheduling.slicing import Depth, FullSlice, RandomLayers, RankByMemory, Sketch, Slicer, ranks_by_memory
 from airtune.scheduling.work import LocalWork
 from airtune.streams import stream
 from airtune.types import LocalTraining, Observation, Pending, ServerModel
@@ -26,7 +26,19 @@ def observed(memory: object = 1e9, size: int = 5) -> Observation:
     return SyntheticWorld(make_fleet(size, memory=memory)).observe(1, 0.0, Pending(), MODEL)
 
 
-@pytest.mark.parametrize("slicer", [FullSlice(), RankByMemory(), Depth(), Depth(2), Depth(outside="absent"), Sketch(2)])
+@pytest.mark.parametrize(
+    "slicer",
+    [
+        FullSlice(),
+        RankByMemory(),
+        Depth(),
+        Depth(2),
+        Depth(outside="absent"),
+        RandomLayers(),
+        RandomLayers(2, "absent"),
+        Sketch(2),
+    ],
+)
 def test_slices_fit_the_memory_of_every_client_that_has_room_for_the_least(slicer: Slicer) -> None:
     seen = observed([2.4e4, 2.8e4, 3.0e4, 3.3e4, 1e9])
     least = WORK.memory_bytes(slicer.least(SHAPE), seen)
@@ -55,6 +67,18 @@ def test_a_random_depth_uses_all_depths_and_the_same_stream_gives_the_same() -> 
     assert {depth for cohort in drawn for depth in cohort} == {1, 2, 3}
     again = tuple(s.train.depth(SHAPE) for s in Depth().slices(clients, seen, WORK, stream(0, "test", 0)))
     assert again == drawn[0]
+
+
+def test_random_layers_come_in_the_number_that_memory_gives_and_change_from_draw_to_draw() -> None:
+    seen = observed([2.8e4, 3.3e4, 5e4, 1e5, 1e9])
+    draws = [RandomLayers().slices(np.arange(5), seen, WORK, stream(0, "test", draw)) for draw in range(20)]
+    counts = [[len({SHAPE.slots[n].layer for n in part.train.components}) for part in draw] for draw in draws]
+    assert all(row == counts[0] for row in counts)
+    assert counts[0][0] == 1
+    assert counts[0][-1] == 3
+    chosen = {tuple(sorted(draw[1].train.components)) for draw in draws}
+    assert len(chosen) > 1
+    assert all(part.receive.depth(SHAPE) == 3 for part in draws[0])
 
 
 @pytest.mark.parametrize(

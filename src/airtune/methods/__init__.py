@@ -27,6 +27,7 @@ _BUILT_IN: Mapping[str, str] = {
     "fed-sb": "airtune.methods.fed_sb:FedSB",
     "fedex-lora": "airtune.methods.fedex_lora:FedExLoRA",
     "fedit": "airtune.methods.fedit:FedIT",
+    "fedra": "airtune.methods.fedra:FedRA",
     "fedsa-lora": "airtune.methods.fedsa_lora:FedSALoRA",
     "fedsvd": "airtune.methods.fedsvd:FedSVD",
     "ffa-lora": "airtune.methods.ffa_lora:FFALoRA",

@@ -142,6 +142,64 @@ class Depth:
 
 
 @dataclass(frozen=True)
+class RandomLayers:
+    """Each client holds randomly chosen layers, drawn afresh in every round (FedRA, arXiv 2311.11227).
+
+    Parameters
+    ----------
+    least_layers : number of layers of the fleet's smallest device; the largest holds all adapted layers. Between them
+        the number is linear in the logarithm of the memory [choice].
+    outside : "frozen": the global adapter acts in the other layers, fixed, and is downloaded; "absent": nothing there.
+
+    Layers are drawn among the last ones, as many as training them all together fits the device's memory.
+    """
+
+    least_layers: int = 1
+    outside: Literal["frozen", "absent"] = "frozen"
+
+    def __post_init__(self) -> None:
+        """Check the name."""
+        if self.outside not in ("frozen", "absent"):
+            raise unknown_name("method.outside", self.outside, ("frozen", "absent"))
+
+    @property
+    def traits(self) -> frozenset[Trait]:
+        """Return that some clients hold nothing of some slots."""
+        return frozenset({Trait.PARTIAL_DEPTH})
+
+    def least(self, shape: AdapterShape) -> Slices:
+        """Return the last `least_layers` layers."""
+        if not 1 <= self.least_layers <= len(shape.layers):
+            valid = f"valid: 1 to {len(shape.layers)} adapted layers"
+            raise InputError(f"method.least_layers: {self.least_layers} is not possible; {valid}")
+        return depth_slices(shape, self.least_layers, self.outside)
+
+    def slices(self, clients: Ints, seen: Observation, work: LocalWork, rng: np.random.Generator) -> Sequence[Slices]:
+        """Return a fresh draw for each client."""
+        shape, layers = seen.shape, np.array(seen.shape.layers)
+        needed = np.array(
+            [
+                work.memory_bytes(depth_slices(shape, depth, self.outside), seen)
+                for depth in range(self.least_layers, len(layers) + 1)
+            ]
+        )
+        wanted = ranks_by_memory(seen.fleet.memory_bytes, self.least_layers, len(layers))
+        fitting = self.least_layers - 1 + (needed[None, :] <= seen.fleet.memory_bytes[:, None]).sum(axis=1)
+        drawn: list[Slices] = []
+        for client in clients:
+            among = layers[len(layers) - max(int(fitting[client]), self.least_layers) :]
+            count = min(int(wanted[client]), len(among))
+            drawn.append(self._of(shape, set(rng.choice(among, size=count, replace=False).tolist())))
+        return drawn
+
+    def _of(self, shape: AdapterShape, layers: set[int]) -> Slices:
+        whole = replace(AdapterSlice.everything(shape), outside=self.outside)
+        kept = {name: part for name, part in whole.components.items() if shape.slots[name].layer in layers}
+        train = replace(whole, components=kept)
+        return Slices(receive=whole if self.outside == "frozen" else train, train=train, send=train)
+
+
+@dataclass(frozen=True)
 class Sketch:
     """Each client holds a random subset of the components of every slot, rescaled by rank / kept (arXiv 2501.19389).
 
@@ -222,5 +280,6 @@ SLICERS: Mapping[str, type[Slicer]] = {
     "full": FullSlice,
     "rank-by-memory": RankByMemory,
     "depth": Depth,
+    "random-layers": RandomLayers,
     "sketch": Sketch,
 }
