@@ -1,6 +1,8 @@
-"""Downlinks, retransmissions, what planners know, and the channel's own fields."""
+"""Broadcasts, retransmissions, what planners know, and the channel's own fields."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +10,6 @@ from scipy import stats
 
 from airtune.errors import InputError
 from airtune.wireless.channel import Channel
-from airtune.wireless.downlink import Broadcast, Unicast, downlink
 from airtune.wireless.fading import NoFading, Rayleigh, Rician
 from airtune.wireless.knowledge import ChannelKnowledge
 from airtune.wireless.rate import achievable_rate
@@ -19,34 +20,22 @@ MANY = np.arange(20_000)
 
 
 @pytest.mark.parametrize("block", ["round", 0.05])
-def test_broadcast_and_unicast(block) -> None:
+def test_a_broadcast_is_as_slow_as_its_worst_client_allows(block) -> None:
     channel = Channel(block=block)
-    together = Broadcast().seconds(channel, 0, CLIENTS, 4.0, 8e6)
-    assert (together == together[0]).all()
-    np.testing.assert_array_equal(together, Broadcast().seconds(channel, 0, CLIENTS[::-1], 4.0, 8e6))
-    each = Unicast().seconds(channel, 0, CLIENTS, 4.0, 8e6)
-    alone = Unicast().seconds(channel, 0, CLIENTS[:1], 4.0, 8e6)
-    assert alone == pytest.approx(Broadcast().seconds(channel, 0, CLIENTS[:1], 4.0, 8e6))
-    assert each[0] > 10 * alone[0]
-    bits = np.zeros(20)
-    bits[0] = 8e6
-    np.testing.assert_allclose(Unicast().seconds(channel, 0, CLIENTS, 4.0, bits)[0], alone[0], rtol=1e-12)
-    assert Broadcast().seconds(channel, 0, [], 4.0, 1e6).shape == (0,)
-    assert (Broadcast().seconds(channel, 0, CLIENTS, 4.0, 0.0) == 0.0).all()
+    band = channel.downlink_bandwidth, channel.base_station_power
+    together = channel.broadcast_seconds(0, CLIENTS, 4.0, 8e6, *band)
+    assert together == channel.broadcast_seconds(0, CLIENTS[::-1], 4.0, 8e6, *band)
+    assert together >= channel.broadcast_seconds(0, CLIENTS[:7], 4.0, 8e6, *band)
+    assert channel.broadcast_seconds(0, CLIENTS, 4.0, 0.0, *band) == 0.0
+    assert np.isinf(channel.broadcast_seconds(0, CLIENTS, 4.0, 1.0, 0.0, 1.0))
 
 
 def test_a_broadcast_of_one_held_block_is_bits_over_the_worst_rate() -> None:
     channel = Channel()
     gain = channel.gain(0, CLIENTS, 4.0, "downlink").min()
-    noise = channel.noise_density("downlink")
-    rate = achievable_rate(channel.downlink_bandwidth, channel.base_station_power, gain, noise)
-    assert Broadcast().seconds(channel, 0, CLIENTS, 4.0, 8e6)[0] == pytest.approx(8e6 / rate)
-
-
-def test_unknown_downlink() -> None:
-    with pytest.raises(InputError, match=r"downlink: unknown name 'multicast'.*broadcast, unicast"):
-        downlink("multicast")
-    assert downlink("unicast") == Unicast()
+    band = channel.downlink_bandwidth, channel.base_station_power
+    rate = achievable_rate(*band, gain, channel.noise_density("downlink"))
+    assert channel.broadcast_seconds(0, CLIENTS, 4.0, 8e6, *band) == pytest.approx(8e6 / rate)
 
 
 def test_noise_is_thermal_noise_times_figure_times_margin() -> None:
@@ -150,12 +139,14 @@ def test_bad_knowledge_is_refused(fields) -> None:
         ChannelKnowledge(**fields)
 
 
+QUIET = {"fading": NoFading(), "shadowing": False}
+
+
 @pytest.mark.parametrize("packets", [1, 10, 64, 65, 400])
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_attempts_have_the_geometric_mean_and_variance(packets, p) -> None:
     law = Retransmission(packet_bits=1000.0, error_probability=p, attempts=60)
-    channel = Channel(fading=NoFading(), shadowing=False)
-    sent = law.transfer(channel, 0, MANY, 0.0, 1000.0 * packets, 1e6, 0.2)
+    sent = Channel(**QUIET, retransmission=law).transfer(0, MANY, 0.0, 1000.0 * packets, 1e6, 0.2)
     tries = sent.bits_on_air / 1000.0
     assert sent.delivered.all()
     assert (tries >= packets).all()
@@ -166,29 +157,34 @@ def test_attempts_have_the_geometric_mean_and_variance(packets, p) -> None:
 
 def test_losing_packets_for_good_happens_as_often_as_it_should_and_is_told() -> None:
     law = Retransmission(packet_bits=1000.0, error_probability=0.1, attempts=2)
-    channel = Channel(fading=NoFading(), shadowing=False)
-    sent = law.transfer(channel, 0, MANY, 0.0, 30_000.0, 1e6, 0.2)
+    channel = Channel(**QUIET, retransmission=law)
+    sent = channel.transfer(0, MANY, 0.0, 30_000.0, 1e6, 0.2)
     assert (~sent.delivered).mean() == pytest.approx(1 - 0.99**30, abs=0.012)
     assert (sent.bits_on_air[~sent.delivered] >= 2000.0).all()
     assert np.isfinite(sent.seconds).all()
+    arrival = channel.transfer_seconds(0, MANY, 0.0, 30_000.0, 1e6, 0.2)
+    np.testing.assert_array_equal(np.isinf(arrival), ~sent.delivered)
+    np.testing.assert_array_equal(arrival[sent.delivered], sent.seconds[sent.delivered])
 
 
 def test_retransmissions_take_air_and_waiting_time_and_none_take_none() -> None:
-    channel = Channel(block=0.05)
-    plain = channel.transfer_seconds(0, CLIENTS, 2.0, 5e6, 1e6, 0.2)
-    perfect = Retransmission(error_probability=0.0).transfer(channel, 0, CLIENTS, 2.0, 5e6, 1e6, 0.2)
-    np.testing.assert_allclose(perfect.seconds, plain, rtol=1e-9)
-    lossy = Retransmission(error_probability=0.2, feedback=0.01).transfer(channel, 0, CLIENTS, 2.0, 5e6, 1e6, 0.2)
-    again = Retransmission(error_probability=0.2, feedback=0.01).transfer(channel, 0, CLIENTS, 2.0, 5e6, 1e6, 0.2)
-    assert (lossy.seconds > plain).all()
-    np.testing.assert_array_equal(lossy.seconds, again.seconds)
-    air = channel.transfer_seconds(0, CLIENTS, 2.0, lossy.bits_on_air, 1e6, 0.2)
-    np.testing.assert_allclose(lossy.seconds, air + 0.01 * (lossy.bits_on_air / 5e6 * 417 - 417), atol=1e-6)
-    nothing = Retransmission().transfer(channel, 0, CLIENTS, 2.0, 0.0, 1e6, 0.2)
+    plain = Channel(block=0.05)
+    perfect = replace(plain, retransmission=Retransmission(error_probability=0.0))
+    lossy = replace(plain, retransmission=Retransmission(error_probability=0.2, feedback=0.01))
+    args = (0, CLIENTS, 2.0, 5e6, 1e6, 0.2)
+    np.testing.assert_allclose(perfect.transfer_seconds(*args), plain.transfer_seconds(*args), rtol=1e-9)
+    sent = lossy.transfer(*args)
+    assert (sent.seconds > plain.transfer_seconds(*args)).all()
+    np.testing.assert_array_equal(sent.seconds, lossy.transfer(*args).seconds)
+    np.testing.assert_array_equal(sent.seconds[3:5], lossy.transfer(0, CLIENTS[3:5], *args[2:]).seconds)
+    air = plain.transfer_seconds(0, CLIENTS, 2.0, sent.bits_on_air, 1e6, 0.2)
+    repeats = sent.bits_on_air / 5e6 * 417 - 417
+    np.testing.assert_allclose(sent.seconds, air + 0.01 * repeats, atol=1e-6)
+    assert (lossy.transfer(0, CLIENTS, 3.0, *args[3:]).bits_on_air != sent.bits_on_air).any()
+    nothing = lossy.transfer(0, CLIENTS, 2.0, 0.0, 1e6, 0.2)
     assert (nothing.seconds == 0.0).all()
     assert nothing.delivered.all()
-    dead = Retransmission().transfer(channel, 0, CLIENTS, 2.0, 1e6, 0.0, 0.2)
-    assert not dead.delivered.any()
+    assert not lossy.transfer(0, CLIENTS, 2.0, 1e6, 0.0, 0.2).delivered.any()
 
 
 @pytest.mark.parametrize(

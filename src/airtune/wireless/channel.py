@@ -25,6 +25,7 @@ from airtune.wireless.radio import Direction as Direction
 from airtune.wireless.radio import RadioChannel as RadioChannel
 from airtune.wireless.radio import check_direction
 from airtune.wireless.rate import achievable_rate
+from airtune.wireless.retransmission import Retransmission, Transfer
 from airtune.wireless.shadowing import correlated_normal
 from airtune.wireless.transfer import integrate_blocks, seconds_at
 from airtune.wireless.units import db_to_linear, quantity
@@ -67,6 +68,7 @@ class Channel:
     shadowing : whether the path-loss law's shadowing applies.
     reciprocal : True: uplink and downlink share their fading (time division); False: they fade independently.
     transfer_limit : s; a transfer that takes longer counts as never done (infinite).
+    retransmission : packets are lost and sent again; None: every packet arrives. Broadcasts are not repeated.
     """
 
     area: Area = field(default_factory=Disc)
@@ -90,6 +92,7 @@ class Channel:
     shadowing: bool = True
     reciprocal: bool = False
     transfer_limit: float = quantity("7 d", "s")
+    retransmission: Retransmission | None = None
 
     def __post_init__(self) -> None:
         _check_channel(self)
@@ -165,7 +168,7 @@ class Channel:
         power: ArrayLike,
         direction: Direction = "uplink",
     ) -> Array:
-        """Return the seconds [n] that a transfer takes, from its start until its last bit.
+        """Return the seconds [n] that a transfer takes, from its start until its last bit has arrived.
 
         Parameters
         ----------
@@ -177,10 +180,43 @@ class Channel:
 
         Returns
         -------
-        [n], s; infinite where there is no bandwidth, power or gain, or after `transfer_limit`.
+        [n], s; infinite where it never arrives: no bandwidth, power or gain, a packet given up, or not within
+        `transfer_limit`. `transfer` tells more.
         """
+        found = self.transfer(seed, clients, start_times, bits, bandwidth, power, direction)
+        return np.where(found.delivered, found.seconds, np.inf)
+
+    def transfer(
+        self,
+        seed: int,
+        clients: ArrayLike,
+        start_times: ArrayLike,
+        bits: ArrayLike,
+        bandwidth: ArrayLike,
+        power: ArrayLike,
+        direction: Direction = "uplink",
+    ) -> Transfer:
+        """Return what becomes of transfers, lost ones included; arguments as in `transfer_seconds`."""
         index, start = _query(clients, start_times)
         load, width, watt = (_per_client(v, index) for v in (bits, bandwidth, power))
+        if self.retransmission is None:
+            seconds = self._on_air(seed, index, start, load, width, watt, direction)
+            return Transfer(seconds, np.isfinite(seconds), load)
+        tried = self.retransmission.attempts_for(seed, check_direction(direction), index, start, load)
+        seconds = self._on_air(seed, index, start, tried.bits_on_air, width, watt, direction) + tried.waiting
+        return Transfer(seconds, tried.delivered & np.isfinite(seconds), tried.bits_on_air)
+
+    def _on_air(
+        self,
+        seed: int,
+        index: Integers,
+        start: Array,
+        load: Array,
+        width: Array,
+        watt: Array,
+        direction: Direction,
+    ) -> Array:
+        """Return the seconds [n] that `load` bits are on the air."""
         noise = self.noise_density(direction)
         if self.block == "round":
             rate = achievable_rate(width, watt, self.gain(seed, index, start, direction), noise, self.snr_gap)

@@ -6,16 +6,16 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from airtune.errors import InputError
 from airtune.streams import uniform_field
-from airtune.wireless.radio import Direction, RadioChannel
 from airtune.wireless.units import quantity
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Place = tuple[Integers, Integers]
 
 _EXACT = 64  # up to so many packets the attempts are drawn one by one
 
@@ -35,6 +35,22 @@ class Transfer:
     seconds: Array
     delivered: NDArray[np.bool_]
     bits_on_air: Array
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """How transfers fare packet by packet; arrays [n].
+
+    Attributes
+    ----------
+    bits_on_air : sent, repetitions included.
+    waiting : s spent on waiting for the news that a packet was lost.
+    delivered : whether every packet passed within its attempts.
+    """
+
+    bits_on_air: Array
+    waiting: Array
+    delivered: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -70,44 +86,32 @@ class Retransmission:
         if not 0.0 <= self.feedback < math.inf:
             raise InputError(f"retransmission.feedback: must be at least 0, in s; got {self.feedback:g}")
 
-    def transfer(
-        self,
-        channel: RadioChannel,
-        seed: int,
-        clients: ArrayLike,
-        start_times: ArrayLike,
-        bits: ArrayLike,
-        bandwidth: ArrayLike,
-        power: ArrayLike,
-        direction: Direction = "uplink",
-    ) -> Transfer:
-        """Return what becomes of transfers over `channel`; a function of (seed, client, start time).
+    def attempts_for(self, seed: int, link: str, clients: Integers, start: Array, bits: Array) -> Attempts:
+        """Return how transfers fare: a function of (seed, link, client, start time).
 
-        Arguments as in `airtune.wireless.channel.Channel.transfer_seconds`.
+        Parameters
+        ----------
+        link : "uplink" or "downlink".
+        clients : [n]. start : [n], s. bits : [n].
         """
-        index = np.atleast_1d(np.asarray(clients)).astype(np.int64)
-        start = np.broadcast_to(np.asarray(start_times, dtype=np.float64), index.shape)
-        load = np.broadcast_to(np.asarray(bits, dtype=np.float64), index.shape)
-        packets = np.ceil(load / self.packet_bits)
-        done = np.minimum(packets, self._before_failure(seed, index, start))
+        place = clients, np.rint(start * 1e6).astype(np.int64)
+        packets = np.ceil(bits / self.packet_bits)
+        done = np.minimum(packets, self._before_failure(seed, link, place))
         delivered = done >= packets
-        tries = self._tries(seed, index, start, done.astype(np.int64))
-        share = np.divide(load, packets, out=np.zeros(index.shape), where=packets > 0.0)  # the last packet is shorter
-        on_air = share * (tries + np.where(delivered, 0.0, self.attempts))
-        lost = tries - done + np.where(delivered, 0.0, self.attempts)
-        air = channel.transfer_seconds(seed, index, start, on_air, bandwidth, power, direction)
-        seconds = air + self.feedback * lost
-        return Transfer(seconds, delivered & np.isfinite(seconds), on_air)
+        tries = self._tries(seed, link, place, done.astype(np.int64))
+        share = np.divide(bits, packets, out=np.zeros(clients.shape), where=packets > 0.0)  # packets of equal size
+        given_up = np.where(delivered, 0.0, self.attempts)
+        return Attempts(share * (tries + given_up), self.feedback * (tries - done + given_up), delivered)
 
-    def _before_failure(self, seed: int, clients: Integers, start: Array) -> Array:
+    def _before_failure(self, seed: int, link: str, place: Place) -> Array:
         """Return how many packets [n] pass before the first one that fails for good: geometric, infinite if none."""
         failure = self.error_probability**self.attempts
         if failure <= 0.0:
-            return np.full(clients.shape, np.inf)
-        u = uniform_field(seed, "retransmission.failure", *_place(clients, start))
+            return np.full(place[0].shape, np.inf)
+        u = uniform_field(seed, f"retransmission.{link}.failure", *place)
         return np.floor(np.log(u) / math.log1p(-failure))
 
-    def _tries(self, seed: int, clients: Integers, start: Array, packets: Integers) -> Array:
+    def _tries(self, seed: int, link: str, place: Place, packets: Integers) -> Array:
         """Return the attempts [n] that `packets` delivered packets took.
 
         Each takes a geometric number, cut off at `attempts`. Up to 64 packets are drawn one by one, more by the normal
@@ -116,21 +120,16 @@ class Retransmission:
         p, most = self.error_probability, self.attempts
         if p == 0.0:
             return packets.astype(np.float64)
-        place = _place(clients, start)
         each = np.arange(1, most + 1)
         law = p ** (each - 1.0)
         law = law / law.sum()
         mean = float((law * each).sum())
         variance = float((law * each**2).sum()) - mean**2
-        u = uniform_field(seed, "retransmission.many", *place)
+        u = uniform_field(seed, f"retransmission.{link}.many", *place)
         many = np.clip(np.rint(packets * mean + np.sqrt(packets * variance) * ndtri(u)), packets, packets * most)
         few = np.flatnonzero(packets <= _EXACT)
         numbers = np.arange(_EXACT)
-        draws = uniform_field(seed, "retransmission.each", place[0][few, None], place[1][few, None], numbers)
+        draws = uniform_field(seed, f"retransmission.{link}.each", place[0][few, None], place[1][few, None], numbers)
         tries = 1.0 + (draws[..., None] > np.cumsum(law)[:-1]).sum(axis=-1)
         many[few] = (tries * (numbers < packets[few, None])).sum(axis=-1)
         return many
-
-
-def _place(clients: Integers, start: Array) -> tuple[Integers, Integers]:
-    return clients, np.rint(start * 1e6).astype(np.int64)
