@@ -78,7 +78,7 @@ ROWS = [
     Row("fedex-lora", FedExLoRA(cohort_size=1, weights="uniform"), exact=False),
     Row("fedex-lora", FedExLoRA(lowest_rank=1, residual_rank=2), {"seed": FULL, "fixed point": TRUNCATED}),
     Row("fedra", FedRA(cohort_size=1)),
-    Row("fedra", FedRA(least_layers=2, outside="absent", weights="uniform", cohort_size=2)),
+    Row("fedra", FedRA(least_layers=2, outside="absent", weights="uniform", cohort_size=1)),
     Row("fedsa-lora", FedSALoRA(cohort_size=1)),
     Row("fedsa-lora", FedSALoRA(shared="B"), {"seed": FULL}),
     Row("fedsvd", FedSVD(cohort_size=1), exact=False),
