@@ -338,3 +338,11 @@ def test_prepared_models_keep_the_sizes_of_all_but_the_core() -> None:
         shape = method.prepare(start).adapter.shape
         assert shape == start.adapter.shape or name == "fed-sb"
     assert AdapterSlice.everything(start.adapter.shape, ONLY_B).num_values(start.adapter.shape) > 0
+
+
+def test_a_broadcast_carries_the_merges_once() -> None:
+    bench = bench_of(named("fedex-lora"), rank=2)
+    bench.cell = replace(bench.cell, downlink="broadcast")
+    records = [record for _, record in bench.play(2)][1:]
+    head = bench.federated.shape.extra_values
+    assert [record.downlink_bits for record in records] == [32 * (P // 2 + head), 32 * (K * P // 2 + head)]

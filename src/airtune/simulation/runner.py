@@ -67,6 +67,7 @@ class _Round:
     band_share: float
 
     def missed_bits(self, task: ClientTask) -> int:
+        """Return the bits of the merges that a client has not made yet."""
         return self.model.catch_up_bits(self.pending.held_version.get(task.client, 0))
 
 
@@ -107,7 +108,11 @@ class SimulatedRunner:
             lost=(*diverged, *dropped),
             start_time=time,
             end_time=end,
-            broadcast_bits=sum(group.cycles * self._broadcast_bits(group.tasks, costs) for group in plan.groups),
+            broadcast_bits=sum(
+                self._broadcast_bits(group.tasks, round_, first=cycle == 0)
+                for group in plan.groups
+                for cycle in range(group.cycles)
+            ),
             past_models=pending.models,
         )
         return outcome, _next_pending(pending, outcome, kept, models, memory)
@@ -117,11 +122,11 @@ class SimulatedRunner:
     def _dispatch(self, group: Group, round_: _Round) -> Iterator[_Flight]:
         """Yield the flights of a group: every cycle but the last waits for the whole group."""
         start, spent = round_.time, {task.client: _NOTHING for task in group.tasks}
-        for _ in range(group.cycles - 1):
-            cycle = self._times(group.tasks, round_, start)
+        for number in range(group.cycles - 1):
+            cycle = self._times(group.tasks, round_, start, first=number == 0)
             start += max((_busy(cost) for cost in cycle.values()), default=0.0)
             spent = {client: _plus(spent[client], cost) for client, cost in cycle.items()}
-        last = self._times(group.tasks, round_, start)
+        last = self._times(group.tasks, round_, start, first=group.cycles == 1)
         for task in group.tasks:
             arrival = start + _busy(last[task.client])
             yield _Flight(
@@ -135,18 +140,24 @@ class SimulatedRunner:
                 lost_because=self._why_lost(task, round_.time, arrival),
             )
 
-    def _times(self, tasks: Sequence[ClientTask], round_: _Round, start: float) -> Mapping[int, TaskCost]:
-        """Return what one cycle that starts at `start` costs each client: seconds, bits, joules."""
+    def _times(
+        self, tasks: Sequence[ClientTask], round_: _Round, start: float, *, first: bool
+    ) -> Mapping[int, TaskCost]:
+        """Return what one cycle that starts at `start` costs each client: seconds, bits, joules.
+
+        first : whether it is the round's first cycle, in which missed merges are downloaded.
+        """
         if not tasks:
             return {}
         costs = round_.costs
         clients = np.array([task.client for task in tasks])
         power = np.array([task.transmit_power for task in tasks])
         bandwidth = np.array([task.bandwidth for task in tasks])
-        down_bits = np.array([round_.missed_bits(task) for task in tasks])
+        down_bits = np.zeros(len(tasks), dtype=np.int64)
         if self.cell.downlink == "unicast":
-            down_bits += np.array([costs.downlink_bits(task) for task in tasks])
-        shared = self._broadcast_bits(tasks, costs)
+            missed = [round_.missed_bits(task) if first else 0 for task in tasks]
+            down_bits += np.array([costs.downlink_bits(task) for task in tasks]) + np.array(missed)
+        shared = self._broadcast_bits(tasks, round_, first=first)
         download = self.cell.download_seconds(clients, start, shared, down_bits, round_.band_share)
         compute = np.array([costs.compute_seconds(task) for task in tasks])
         up_bits = np.array([costs.uplink_bits(task) for task in tasks])
@@ -159,8 +170,13 @@ class SimulatedRunner:
             for task, d, c, u, bits_up, bits_down, j in columns
         }
 
-    def _broadcast_bits(self, tasks: Sequence[ClientTask], costs: CostModel) -> int:
-        return costs.broadcast_bits(tasks) if self.cell.downlink == "broadcast" else 0
+    def _broadcast_bits(self, tasks: Sequence[ClientTask], round_: _Round, *, first: bool) -> int:
+        """Return the bits of the broadcast to a group: what any of its tasks receives, and the merges of the client
+        that has missed most (the others have missed a part of the same)."""
+        if self.cell.downlink != "broadcast":
+            return 0
+        missed = max((round_.missed_bits(task) for task in tasks), default=0) if first else 0
+        return round_.costs.broadcast_bits(tasks) + missed
 
     def _why_lost(self, task: ClientTask, start: float, arrival: float) -> str | None:
         if not math.isfinite(arrival):
