@@ -17,24 +17,23 @@ BIN := .venv/bin
 # Byte code is written when a module is first imported (so it must be allowed to be): half a minute less to install.
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
-FETCH := $(BIN)/airtune fetch minilm rotten-tomatoes
+FETCH := $(BIN)/airtune fetch minilm reuters-r8
 
 .PHONY: demo test test-all lint docs bench constraints clean
 .NOTPARALLEL:
 
-demo: export OMP_NUM_THREADS = 2
 demo: .venv/demo.stamp
 	$(FETCH)
 	rm -rf demo-run
-	$(BIN)/airtune compare experiments/quickstart/quickstart.toml --methods fedit,legend --seeds 0 --out demo-run
+	$(BIN)/airtune compare experiments/quickstart/quickstart.toml --methods legend,fedit --seeds 0 --out demo-run
 	@echo "The report: demo-run/report.html (open it in a browser)"
 
 test: .venv/test.stamp
-	$(FETCH)
+	$(FETCH) rotten-tomatoes
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 test-all: .venv/test.stamp
-	$(FETCH)
+	$(FETCH) rotten-tomatoes
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow" $(PYTEST_ARGS)
 
 # No question to the network whether there is a newer pyright.
