@@ -108,7 +108,7 @@ def test_stdout_holds_json_alone(file: Path, finished: Path, tmp_path: Path, air
         assert found, name
         if name == "plans":
             assert [plan["method"] for plan in found] == ["fedit", "legend"] * 2
-            assert [plan["sweep"][0]["value"] for plan in found] == ["0dB", "0dB", "3dB", "3dB"]
+            assert [plan["sweep"][0]["value"] for plan in found] == ["1MHz", "1MHz", "2MHz", "2MHz"]
 
 
 def test_without_json_run_and_compare_leave_stdout_empty(file: Path, tmp_path: Path, airtune: Airtune) -> None:
