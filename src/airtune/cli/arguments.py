@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from airtune import __version__
 from airtune.errors import InputError
+from airtune.version import __version__
 
 HELP = """\
 Any field of the experiment file can be set: --SECTION.FIELD VALUE, as in --training.learning-rate 1e-3,

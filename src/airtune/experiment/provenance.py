@@ -6,7 +6,7 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
-from airtune import __version__
+from airtune.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "scipy", "datasets", "flwr-datasets", "safetensors")
 

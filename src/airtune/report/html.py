@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-from airtune import __version__
 from airtune.errors import InputError
 from airtune.report.figures import Figure, Json
 from airtune.report.files import write_text
+from airtune.version import __version__
 
 
 @dataclass(frozen=True)
