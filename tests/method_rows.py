@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from airtune.aggregation.mean import IndependentSampling, Mean
+from airtune.aggregation.one_factor import FrozenA
 from airtune.methods import built_in_names, method_class, method_names
 from airtune.methods.composed import Composed
 from airtune.methods.fed_sb import FedSB
 from airtune.methods.fedex_lora import FedExLoRA
 from airtune.methods.fedit import FedIT
 from airtune.methods.fedra import FedRA
+from airtune.methods.fedopt import FedOpt
 from airtune.methods.fedsa_lora import FedSALoRA
 from airtune.methods.fedsvd import FedSVD
 from airtune.methods.ffa_lora import FFALoRA
@@ -79,6 +81,8 @@ ROWS = [
     Row("fedex-lora", FedExLoRA(lowest_rank=1, residual_rank=2), {"seed": FULL, "fixed point": TRUNCATED}),
     Row("fedra", FedRA(cohort_size=1)),
     Row("fedra", FedRA(least_layers=2, outside="absent", weights="uniform", cohort_size=1)),
+    Row("fedopt", FedOpt(), {"seed": FULL}),
+    Row("fedopt", FedOpt(Composed(Separate(Uniform(1)), FrozenA()), rule="momentum", learning_rate=0.5)),
     Row("fedsa-lora", FedSALoRA(cohort_size=1)),
     Row("fedsa-lora", FedSALoRA(shared="B"), {"seed": FULL}),
     Row("fedsvd", FedSVD(cohort_size=1), exact=False),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 from airtune.capabilities import Trait
@@ -22,6 +22,27 @@ class DeclaringAggregator(Protocol):
     def __call__(self, model: ServerModel, outcome: RoundOutcome) -> ServerModel:
         """Return the next model; without updates, the model as it is."""
         ...
+
+
+class _Aggregators(Mapping[str, type[DeclaringAggregator]]):
+    """The aggregators by name for wrappers of aggregators; imported when asked for, as they import this module."""
+
+    def _table(self) -> Mapping[str, type[DeclaringAggregator]]:
+        from airtune.aggregation.registry import AGGREGATORS
+
+        return AGGREGATORS
+
+    def __getitem__(self, name: str) -> type[DeclaringAggregator]:
+        return self._table()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table())
+
+    def __len__(self) -> int:
+        return len(self._table())
+
+
+NAMES: Mapping[str, type[DeclaringAggregator]] = _Aggregators()
 
 
 @runtime_checkable
@@ -54,6 +75,21 @@ class DeclaresLinear(Protocol):
     def linear(self) -> bool:
         """Return whether the clients enter through one weighted sum of their uploads, with known weights."""
         ...
+
+
+@runtime_checkable
+class DeclaresRedraws(Protocol):
+    """An aggregator that says whether the next round trains other coordinates than this one."""
+
+    @property
+    def redraws(self) -> bool:
+        """Return whether the adapter's basis changes: it is drawn anew, or comes from an SVD."""
+        ...
+
+
+def redraws(aggregator: Aggregator) -> bool:
+    """Return whether an aggregator says that it changes the adapter's basis."""
+    return isinstance(aggregator, DeclaresRedraws) and aggregator.redraws
 
 
 def exchange_of(aggregator: Aggregator, round_index: int) -> Exchange:

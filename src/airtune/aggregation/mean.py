@@ -57,6 +57,11 @@ class Mean:
         _check("extras_weights", self.extras_weights or self.weights, ("examples", "uniform"))
 
     @property
+    def linear(self) -> bool:
+        """Return that one weighted sum of what clients send is all it needs."""
+        return True
+
+    @property
     def refuses(self) -> Mapping[Trait, str]:
         """Return what this mean cannot take."""
         if self.absent != "zero":

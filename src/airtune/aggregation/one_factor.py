@@ -239,6 +239,11 @@ class MergeAndRedraw:
         return True
 
     @property
+    def redraws(self) -> bool:
+        """Return that the adapter's basis changes every round."""
+        return True
+
+    @property
     def refuses(self) -> Mapping[Trait, str]:
         """Return what this rule cannot take."""
         return {

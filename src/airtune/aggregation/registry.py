@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from airtune.aggregation.declaring import DeclaringAggregator
 from airtune.aggregation.mean import FrobeniusWeighted, IndependentSampling, Mean
 from airtune.aggregation.one_factor import Alternating, FrozenA, MergeAndRedraw, SharedCore, SharedFactor
+from airtune.aggregation.privacy import ClientPrivacy
 from airtune.aggregation.residual import ResidualMerge, RidgeCorrection
+from airtune.aggregation.robust import CoordinateMedian, NormClipping, StalenessWeights, TrimmedMean
 from airtune.aggregation.stacking import EnergyThreshold, Stacking
 from airtune.aggregation.truncation import PrincipalSplit, Refactoring, Truncation
 
@@ -29,4 +31,9 @@ AGGREGATORS: Mapping[str, type[DeclaringAggregator]] = {
     "shared-factor": SharedFactor,
     "shared-core": SharedCore,
     "merge-and-redraw": MergeAndRedraw,
+    "norm-clipping": NormClipping,
+    "trimmed-mean": TrimmedMean,
+    "coordinate-median": CoordinateMedian,
+    "staleness-weights": StalenessWeights,
+    "client-privacy": ClientPrivacy,
 }

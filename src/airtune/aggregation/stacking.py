@@ -37,6 +37,11 @@ class Stacking:
     redraw: Redraw = field(default_factory=Redraw)
 
     @property
+    def redraws(self) -> bool:
+        """Return that the adapter's basis changes every round."""
+        return True
+
+    @property
     def refuses(self) -> Mapping[Trait, str]:
         """Return what this rule cannot take."""
         return {Trait.SKETCH: SKETCH_REASON}
@@ -75,6 +80,11 @@ class EnergyThreshold:
     def __post_init__(self) -> None:
         """Check the share."""
         check_energy(self.energy)
+
+    @property
+    def redraws(self) -> bool:
+        """Return that the adapter's basis changes every round."""
+        return True
 
     @property
     def refuses(self) -> Mapping[Trait, str]:

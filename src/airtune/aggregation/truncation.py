@@ -38,6 +38,11 @@ class Truncation:
     seed: int = 0
 
     @property
+    def redraws(self) -> bool:
+        """Return that the adapter's basis changes every round."""
+        return True
+
+    @property
     def refuses(self) -> Mapping[Trait, str]:
         """Return what this rule cannot take."""
         return {Trait.SKETCH: SKETCH_REASON}
@@ -78,6 +83,11 @@ class PrincipalSplit:
     def __post_init__(self) -> None:
         """Check the share."""
         check_energy(self.energy)
+
+    @property
+    def redraws(self) -> bool:
+        """Return that the adapter's basis changes every round."""
+        return True
 
     @property
     def refuses(self) -> Mapping[Trait, str]:
@@ -128,6 +138,11 @@ class Refactoring:
     @property
     def linear(self) -> bool:
         """Return that the server needs the mean of B only; refactoring comes after it."""
+        return True
+
+    @property
+    def redraws(self) -> bool:
+        """Return that the adapter's basis changes every round."""
         return True
 
     @property

@@ -28,6 +28,7 @@ _BUILT_IN: Mapping[str, str] = {
     "fedex-lora": "airtune.methods.fedex_lora:FedExLoRA",
     "fedit": "airtune.methods.fedit:FedIT",
     "fedra": "airtune.methods.fedra:FedRA",
+    "fedopt": "airtune.methods.fedopt:FedOpt",
     "fedsa-lora": "airtune.methods.fedsa_lora:FedSALoRA",
     "fedsvd": "airtune.methods.fedsvd:FedSVD",
     "ffa-lora": "airtune.methods.ffa_lora:FFALoRA",

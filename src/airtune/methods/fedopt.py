@@ -1,0 +1,115 @@
+"""FedOpt: any method, with an optimizer of the server on top (FedAvgM, FedAdam, FedYogi, FedAdagrad)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from airtune.aggregation.declaring import redraws, reshaped
+from airtune.aggregation.server_optimizer import Moment, Rule, ServerStep
+from airtune.errors import InputError
+from airtune.federation import prepared
+from airtune.lora import AdapterShape
+from airtune.methods.composed import Composed, FromParts
+from airtune.scheduling.work import ChoosesRanks
+from airtune.types import Fleet, Method, Observation, Plan, RoundOutcome, ServerModel
+
+
+@dataclass(frozen=True)
+class Both:
+    """The wrapped method's state, and the moments of the server's optimizer."""
+
+    inner: Any
+    moment: Moment
+
+
+@dataclass(frozen=True)
+class FedOpt:
+    """Takes the change that a method's aggregation makes as a gradient, and lets the server's optimizer use it.
+
+    Paper: Reddi et al., "Adaptive Federated Optimization", ICLR 2021, arXiv 2003.00295.
+
+    =====================  ==================================================================
+    paper                  here
+    =====================  ==================================================================
+    Delta_t                the adapter after the wrapped method's aggregation minus the one before
+    eta, tau               `learning_rate`, `adaptivity`
+    beta_1, beta_2         `beta1`, `beta2`
+    v_{-1}                 tau^2
+    =====================  ==================================================================
+
+    Departures. The pseudo-gradient is that of A, B, cores and head, each tensor on its own. Methods that draw their
+    adapter anew or take its basis from an SVD have no such gradient and are refused; what a method merges into the base
+    is merged as it is.
+
+    Parameters
+    ----------
+    method : the wrapped method; by default FedIT without a limit on the cohort.
+    rule : "momentum" (FedAvgM), "adam", "yogi" or "adagrad".
+    learning_rate, beta1, beta2, adaptivity : of the server's optimizer.
+    """
+
+    method: Method[Any] = field(default_factory=Composed)
+    rule: Rule = "adam"
+    learning_rate: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.99
+    adaptivity: float = 1e-3
+
+    arxiv: ClassVar[str] = "2003.00295"
+    citation: ClassVar[str] = """@inproceedings{reddi2021fedopt,
+  title     = {Adaptive Federated Optimization},
+  author    = {Reddi, Sashank J. and Charles, Zachary and Zaheer, Manzil and Garrett, Zachary and Rush, Keith and
+               Kone{\\v{c}}n{\\'y}, Jakub and Kumar, Sanjiv and McMahan, H. Brendan},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2021},
+  note      = {arXiv:2003.00295}
+}"""
+
+    def __post_init__(self) -> None:
+        """Check the optimizer's fields, and that the wrapped method keeps its coordinates."""
+        _ = self.step
+        parts = self.method.composed if isinstance(self.method, FromParts) else self.method
+        if isinstance(parts, Composed) and redraws(parts.aggregator):
+            raise InputError(
+                f"method.method: {type(self.method).__name__} changes the adapter's basis every round, so that its "
+                f"change is no gradient; valid: methods whose adapter goes on"
+            )
+
+    @property
+    def step(self) -> ServerStep:
+        """Return the server's optimizer."""
+        return ServerStep(self.rule, self.learning_rate, self.beta1, self.beta2, self.adaptivity)
+
+    def prepare(self, model: ServerModel) -> ServerModel:
+        """Return the model that the wrapped method starts from."""
+        return prepared(self.method, model)
+
+    def reshape(self, shape: AdapterShape) -> AdapterShape:
+        """Return the sizes of the adapter that the wrapped method starts from."""
+        return reshaped(self.method, shape)
+
+    def ranks(self, shape: AdapterShape) -> Mapping[str, int]:
+        """Return the ranks that the wrapped method wants."""
+        if isinstance(self.method, ChoosesRanks):
+            return self.method.ranks(shape)
+        return {name: slot.rank for name, slot in shape.slots.items()}
+
+    def init(self, model: ServerModel, fleet: Fleet) -> Both:
+        """Return the wrapped method's state and no moments yet."""
+        return Both(self.method.init(model, fleet), Moment())
+
+    def plan(self, state: Both, seen: Observation, rng: np.random.Generator) -> Plan:
+        """Return the wrapped method's plan."""
+        return self.method.plan(state.inner, seen, rng)
+
+    def aggregate(self, state: Both, model: ServerModel, outcome: RoundOutcome) -> tuple[ServerModel, Both]:
+        """Let the wrapped method aggregate, then take the server's step along the change."""
+        after, inner = self.method.aggregate(state.inner, model, outcome)
+        if after.version == model.version:
+            return after, replace(state, inner=inner)
+        adapter, moment = self.step(model.adapter, after.adapter, state.moment)
+        return replace(after, adapter=adapter), Both(inner, moment)
