@@ -15,7 +15,6 @@ from airtune.scheduling.depth import (
     choose_depths,
     choose_most_progress,
     cover_layers,
-    depths_that_fit,
     rank_profile,
 )
 
@@ -234,9 +233,3 @@ def test_variant_c_against_brute_force_with_a_and_b_beside_it() -> None:
     assert good["C"] == instances
     assert good["A"] > 0.3 * instances
     assert good["B"] > 0.2 * instances
-
-
-def test_depths_that_fit_grow_with_memory_and_stop_at_the_first_that_does_not() -> None:
-    """T7."""
-    needed = np.array([0.0, 10.0, 20.0, 30.0])
-    assert depths_that_fit(needed, np.array([5.0, 10.0, 25.0, 30.0, 99.0])).tolist() == [0, 1, 2, 3, 3]

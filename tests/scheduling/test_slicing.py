@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from airtune.compression.dense import Dense
 from airtune.errors import InputError, NoResultError
@@ -11,11 +13,20 @@ from airtune.scheduling.bandwidth import EqualFinish, EqualSplit
 from airtune.scheduling.planner import Separate, make_tasks, share_band
 from airtune.scheduling.power import LeastPower
 from airtune.scheduling.sampling import Uniform
-from airtune.scheduling.slicing import Depth, FullSlice, RandomLayers, RankByMemory, Sketch, Slicer, ranks_by_memory
+from airtune.scheduling.slicing import (
+    Depth,
+    FullSlice,
+    RandomLayers,
+    RankByMemory,
+    Sketch,
+    Slicer,
+    depth_slices,
+    ranks_by_memory,
+)
 from airtune.scheduling.work import LocalWork
 from airtune.streams import stream
 from airtune.types import LocalTraining, Observation, Pending, ServerModel
-from synthetic_federation import SyntheticWorld, make_adapter, make_fleet
+from synthetic_federation import SyntheticCosts, SyntheticWorld, make_adapter, make_fleet
 
 WORK = LocalWork(LocalTraining(), Dense())
 MODEL = ServerModel(make_adapter())
@@ -49,6 +60,37 @@ def test_slices_fit_the_memory_of_every_client_that_has_room_for_the_least(slice
             assert part.train.violations(SHAPE) == []
             assert WORK.memory_bytes(part, seen) <= seen.fleet.memory_bytes[client]
             assert WORK.memory_bytes(part, seen) >= least
+
+
+@given(needed=st.lists(st.floats(1.0, 100.0), min_size=1, max_size=9).map(sorted), room=st.floats(0.5, 120.0))
+def test_the_options_that_fit_are_those_that_a_plain_count_finds(needed: list[float], room: float) -> None:
+    """Depths that fit grow with the memory, and the number of questions to the cost model stays small (T7)."""
+    asked: list[float] = []
+
+    class Table(LocalWork):
+        def memory_bytes(self, slices, seen, client=0):  # type: ignore[no-untyped-def]
+            asked.append(slices)
+            return slices
+
+    seen = observed(room, size=1)
+    found = Table(LocalTraining(), Dense()).that_fit(needed, seen, np.array([0]))  # type: ignore[arg-type]
+    assert found.tolist() == [sum(value <= room for value in needed)]
+    assert len(asked) <= 5
+
+
+def test_memory_is_asked_for_client_by_client() -> None:
+    """Long texts need more: two equal devices may hold different depths."""
+
+    class Texts(SyntheticCosts):
+        def memory_bytes(self, task):  # type: ignore[no-untyped-def]
+            return super().memory_bytes(task) * (1.0 + task.client)
+
+    seen = observed(7.5e4, size=2)
+    seen = replace(seen, costs=Texts(seen.fleet, SHAPE))
+    options = [depth_slices(SHAPE, depth, "frozen") for depth in (1, 2, 3)]
+    assert WORK.that_fit(options, seen, np.array([0, 1])).tolist() == [3, 3]
+    seen = replace(seen, fleet=replace(seen.fleet, memory_bytes=np.full(2, 5.5e4)))
+    assert WORK.that_fit(options, seen, np.array([0, 1])).tolist() == [3, 1]
 
 
 def test_ranks_by_memory_rise_from_lowest_to_highest() -> None:

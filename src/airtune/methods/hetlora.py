@@ -138,7 +138,7 @@ class HetLoRA:
         rule = RankByMemory(min(self.lowest_rank, seen.shape.max_rank), self.highest_rank)
         able, notes = able_clients(seen, work, rule.least(seen.shape))
         cohort = everyone_or(self.cohort_size).sample(able, seen, rng)
-        ranks = np.minimum(rule.ranks(seen, work), state.ranks)[cohort.clients]
+        ranks = np.minimum(rule.ranks(cohort.clients, seen, work), state.ranks[cohort.clients])
         slices = truncations(ranks, seen.shape)
         tasks = make_tasks(cohort.clients, slices, seen, work, cohort.probability.tolist())
         training = {int(r): self._penalised(work.training, int(r), seen.shape) for r in np.unique(ranks)}

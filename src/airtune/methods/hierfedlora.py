@@ -14,7 +14,6 @@ from airtune.errors import InputError, unknown_name
 from airtune.lora import AdapterShape
 from airtune.scheduling.bandwidth import BandwidthRule, EqualSplit
 from airtune.scheduling.capacity import Capacity, CapacityEstimator, Speeds, assumed_speeds
-from airtune.scheduling.depth import depths_that_fit
 from airtune.scheduling.frequency import FrequencyChoice, FrequencyProblem, choose_frequencies
 from airtune.scheduling.grouping import GroupingProblem, divergence, near_iid_groups
 from airtune.scheduling.planner import able_clients, make_tasks, share_band
@@ -274,12 +273,11 @@ class HierFedLoRA:
         depths = range(1, len(seen.shape.layers) + 1)
         slices = tuple(depth_slices(seen.shape, depth, "frozen") for depth in depths)
         tasks = [work.task(0, part, seen) for part in slices]
-        needed = np.array([0.0, *(seen.costs.memory_bytes(task) for task in tasks)])
         cohort = _Cohort(
             clients=clients,
             group=state.group[clients],
             speeds=assumed_speeds(state.capacity, seen, work, clients, slices[-1]),
-            cap=depths_that_fit(needed, seen.fleet.memory_bytes[clients]),
+            cap=work.that_fit(slices, seen, clients),
             slices=slices,
             layers=np.array([part.train.depth(seen.shape) for part in slices], dtype=np.int64),
             bits=np.array([float(seen.costs.uplink_bits(task)) for task in tasks]),

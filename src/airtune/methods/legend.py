@@ -15,7 +15,7 @@ from airtune.compression.dense import Dense
 from airtune.errors import InputError, unknown_name
 from airtune.lora import AdapterShape
 from airtune.scheduling.bandwidth import BandwidthRule, EqualSplit
-from airtune.scheduling.capacity import Capacity, CapacityEstimator, assumed_speeds
+from airtune.scheduling.capacity import Capacity, CapacityEstimator, Speeds, assumed_speeds
 from airtune.scheduling.depth import (
     DepthChoice,
     DepthRule,
@@ -23,7 +23,6 @@ from airtune.scheduling.depth import (
     choose_depths,
     choose_most_progress,
     cover_layers,
-    depths_that_fit,
     rank_profile,
 )
 from airtune.scheduling.planner import able_clients, make_tasks, share_band
@@ -55,7 +54,6 @@ class _Option:
     slices: tuple[Slices, ...]
     layers: Ints  # that the backward pass crosses
     bits: Floats
-    needed_bytes: Floats
     progress: Floats  # components trained
 
 
@@ -232,8 +230,7 @@ class Legend:
             return Plan((Group(()),), notes)
         known = state if self.upload_estimate == "measured" else _without_uploads(state)
         speeds = assumed_speeds(known, seen, work, cohort.clients, options[-1].slices[-1])
-        memory = seen.fleet.memory_bytes[cohort.clients]
-        choices = [self._choose(option, speeds.seconds(option.layers, option.bits), memory) for option in options]
+        choices = [self._choose(option, speeds, self._caps(option, seen, work, cohort.clients)) for option in options]
         option, choice = max(zip(options, choices, strict=True), key=lambda pair: self._merit(*pair))
         part = choice.depth > 0
         slices = [option.slices[k] for k in choice.depth[part]]
@@ -270,15 +267,17 @@ class Legend:
             slices=(slices[0], *slices),
             layers=np.array([0, *(part.train.depth(seen.shape) for part in slices)], dtype=np.int64),
             bits=np.array([0, *(seen.costs.uplink_bits(task) for task in tasks)], dtype=np.float64),
-            needed_bytes=np.array([0, *(seen.costs.memory_bytes(task) for task in tasks)], dtype=np.float64),
             progress=np.array([0, *(part.train.total_components() for part in slices)], dtype=np.float64),
         )
 
-    def _choose(self, option: _Option, seconds: Floats, memory_bytes: Floats) -> DepthChoice:
-        deepest = len(option.slices) - 1
-        cap = np.full(len(seconds), deepest, dtype=np.int64)
-        if self.memory_limit:
-            cap = depths_that_fit(option.needed_bytes, memory_bytes)
+    def _caps(self, option: _Option, seen: Observation, work: LocalWork, clients: Ints) -> Ints:
+        """Return the deepest choice that fits each client's memory, [clients]."""
+        if not self.memory_limit:
+            return np.full(len(clients), len(option.slices) - 1, dtype=np.int64)
+        return work.that_fit(option.slices[1:], seen, clients)
+
+    def _choose(self, option: _Option, speeds: Speeds, cap: Ints) -> DepthChoice:
+        seconds, deepest = speeds.seconds(option.layers, option.bits), len(option.slices) - 1
         rule = self._rule
         if self.fixed_depth is not None:
             fixed = np.minimum(cap, self.fixed_depth)

@@ -11,7 +11,6 @@ from fractions import Fraction
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from airtune.errors import InputError, unknown_name
 from airtune.types import Floats, Ints
@@ -210,12 +209,6 @@ def cover_layers(choice: DepthChoice, seconds: Floats, cap: Ints, rule: DepthRul
                 break
             depth[int(np.argmin(np.where(able, seconds[:, wanted], np.inf)))] = wanted
     return _judged(replace(choice, depth=depth, uncovered=tuple(uncovered)), seconds)
-
-
-def depths_that_fit(needed: Floats, memory_bytes: Floats) -> Ints:
-    """Return the deepest choice in each device's memory, [clients]; `needed` [depths + 1] bytes by depth."""
-    fits: NDArray[np.bool_] = needed[None, 1:] <= memory_bytes[:, None]
-    return np.cumprod(fits, axis=1).sum(axis=1).astype(np.int64)
 
 
 def _judged(choice: DepthChoice, seconds: Floats) -> DepthChoice:

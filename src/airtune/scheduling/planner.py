@@ -88,17 +88,25 @@ def able_clients(seen: Observation, work: LocalWork, least: Slices) -> tuple[Int
 
     Raises InputError if no device of the whole fleet has the memory.
     """
-    needed = work.memory_bytes(least, seen)
-    fits = seen.fleet.memory_bytes >= needed
-    if not fits.any():
-        largest = float(seen.fleet.memory_bytes.max())
-        raise InputError(
-            f"fleet: training needs {needed / 1e9:.2f} GB and the largest device has {largest / 1e9:.2f} GB; "
-            f"take a smaller model, batch or sequence, or larger devices"
-        )
     found = candidates(seen)
-    left_out = found[~fits[found]]
-    return found[fits[found]], {"too_little_memory": left_out.tolist()} if len(left_out) else {}
+    fits = work.that_fit([least], seen, found) > 0
+    if not fits.any():
+        _check_that_some_device_fits(seen, work, least)
+    left_out = found[~fits]
+    return found[fits], {"too_little_memory": left_out.tolist()} if len(left_out) else {}
+
+
+def _check_that_some_device_fits(seen: Observation, work: LocalWork, least: Slices) -> None:
+    """Raise InputError if nobody with examples has the memory, now or ever."""
+    everyone = np.flatnonzero(seen.fleet.num_examples > 0)
+    if not len(everyone) or (work.that_fit([least], seen, everyone) > 0).any():
+        return
+    needed = min(work.memory_bytes(least, seen, int(client)) for client in everyone)
+    largest = float(seen.fleet.memory_bytes[everyone].max())
+    raise InputError(
+        f"fleet: training needs {needed / 1e9:.2f} GB and the largest device has {largest / 1e9:.2f} GB; "
+        f"take a smaller model, batch or sequence, or larger devices"
+    )
 
 
 def make_tasks(

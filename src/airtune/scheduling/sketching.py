@@ -11,7 +11,7 @@ import numpy as np
 from airtune.capabilities import Trait
 from airtune.errors import InputError, unknown_name
 from airtune.lora import AdapterShape, AdapterSlice
-from airtune.scheduling.slicing import limit_by_memory
+from airtune.scheduling.slicing import at_most
 from airtune.scheduling.work import LocalWork, Slices
 from airtune.streams import stream
 from airtune.types import Floats, Ints, Observation
@@ -121,8 +121,8 @@ class SketchByRatio:
         seed, shape = round_seed(rng), seen.shape
         kept = kept_components(shape, self.ratios)
         wanted = self._choice(seen, seed, len(kept))
-        needed = np.array([work.memory_bytes(self.sketching.sized(shape, int(k)), seen) for k in kept])
-        choice = limit_by_memory(wanted + 1, 1, needed, seen.fleet.memory_bytes)[clients] - 1
+        options = [self.sketching.sized(shape, int(k)) for k in kept]
+        choice = at_most(wanted[clients] + 1, 1, work.that_fit(options, seen, clients)) - 1
         drawn = zip(clients, choice, strict=True)
         return [self.sketching.draw(shape, int(kept[j]), seed, int(client)) for client, j in drawn]
 

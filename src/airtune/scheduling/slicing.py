@@ -84,19 +84,16 @@ class RankByMemory:
             )
         return self.lowest, highest
 
-    def ranks(self, seen: Observation, work: LocalWork) -> Ints:
-        """Return the rank of every client of the fleet, [clients]; 0 where even the lowest does not fit."""
+    def ranks(self, clients: Ints, seen: Observation, work: LocalWork) -> Ints:
+        """Return the rank of some clients, [clients]; 0 where even the lowest does not fit."""
         lowest, highest = self.bounds(seen.shape)
-        wanted = ranks_by_memory(seen.fleet.memory_bytes, lowest, highest)
-        needed = [
-            work.memory_bytes(Slices.same(AdapterSlice.truncation(seen.shape, r)), seen)
-            for r in range(lowest, highest + 1)
-        ]
-        return limit_by_memory(wanted, lowest, np.array(needed), seen.fleet.memory_bytes)
+        options = [Slices.same(AdapterSlice.truncation(seen.shape, r)) for r in range(lowest, highest + 1)]
+        wanted = ranks_by_memory(seen.fleet.memory_bytes, lowest, highest)[clients]
+        return at_most(wanted, lowest, work.that_fit(options, seen, clients))
 
     def slices(self, clients: Ints, seen: Observation, work: LocalWork, rng: np.random.Generator) -> Sequence[Slices]:
         """Return a truncation for each client."""
-        return truncations(self.ranks(seen, work)[clients], seen.shape)
+        return truncations(self.ranks(clients, seen, work), seen.shape)
 
 
 @dataclass(frozen=True)
@@ -136,8 +133,7 @@ class Depth:
         if self.depth is not None:
             return [self.least(shape)] * len(clients)
         by_depth = [depth_slices(shape, depth, self.outside) for depth in range(1, len(shape.layers) + 1)]
-        needed = np.array([work.memory_bytes(slices, seen) for slices in by_depth])
-        largest = (needed[None, :] <= seen.fleet.memory_bytes[clients][:, None]).sum(axis=1)
+        largest = work.that_fit(by_depth, seen, clients)
         return [by_depth[int(rng.integers(0, max(int(limit), 1)))] for limit in largest]
 
 
@@ -177,18 +173,14 @@ class RandomLayers:
     def slices(self, clients: Ints, seen: Observation, work: LocalWork, rng: np.random.Generator) -> Sequence[Slices]:
         """Return a fresh draw for each client."""
         shape, layers = seen.shape, np.array(seen.shape.layers)
-        needed = np.array(
-            [
-                work.memory_bytes(depth_slices(shape, depth, self.outside), seen)
-                for depth in range(self.least_layers, len(layers) + 1)
-            ]
-        )
-        wanted = ranks_by_memory(seen.fleet.memory_bytes, self.least_layers, len(layers))
-        fitting = self.least_layers - 1 + (needed[None, :] <= seen.fleet.memory_bytes[:, None]).sum(axis=1)
+        depths = range(self.least_layers, len(layers) + 1)
+        options = [depth_slices(shape, depth, self.outside) for depth in depths]
+        fitting = self.least_layers - 1 + work.that_fit(options, seen, clients)
+        wanted = ranks_by_memory(seen.fleet.memory_bytes, self.least_layers, len(layers))[clients]
         drawn: list[Slices] = []
-        for client in clients:
-            among = layers[len(layers) - max(int(fitting[client]), self.least_layers) :]
-            count = min(int(wanted[client]), len(among))
+        for fits, want in zip(fitting, wanted, strict=True):
+            among = layers[len(layers) - max(int(fits), self.least_layers) :]
+            count = min(int(want), len(among))
             drawn.append(self._of(shape, set(rng.choice(among, size=count, replace=False).tolist())))
         return drawn
 
@@ -269,10 +261,9 @@ def ranks_by_memory(memory_bytes: Floats, lowest: int, highest: int) -> Ints:
     return (lowest + np.floor(position * (highest - lowest) + 1e-9)).astype(np.int64)
 
 
-def limit_by_memory(wanted: Ints, lowest: int, needed: Floats, memory_bytes: Floats) -> Ints:
-    """Return the wanted ranks lowered until they fit; `needed[j]` are the bytes at rank lowest + j, increasing."""
-    largest = lowest - 1 + (needed[None, :] <= memory_bytes[:, None]).sum(axis=1)
-    fitting = np.minimum(wanted, largest)
+def at_most(wanted: Ints, lowest: int, options: Ints) -> Ints:
+    """Return the wanted sizes, lowered to what fits: `options` of lowest, lowest + 1, ... do; 0 where none does."""
+    fitting = np.minimum(wanted, lowest - 1 + options)
     return np.where(fitting >= lowest, fitting, 0).astype(np.int64)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -49,9 +49,28 @@ class LocalWork:
             probability=float(probability),
         )
 
-    def memory_bytes(self, slices: Slices, seen: Observation) -> float:
-        """Return the bytes that training these slices needs: they do not depend on the client."""
-        return seen.costs.memory_bytes(self.task(0, slices, seen))
+    def memory_bytes(self, slices: Slices, seen: Observation, client: int = 0) -> float:
+        """Return the bytes that one client needs to train these slices (longer texts need more)."""
+        return seen.costs.memory_bytes(self.task(client, slices, seen))
+
+    def that_fit(self, options: Sequence[Slices], seen: Observation, clients: Ints) -> Ints:
+        """Return how many of the options fit each client's memory, [clients].
+
+        The options must need more and more memory: most clients can hold the last one, for the others we bisect.
+        """
+        return np.array([self._fitting(options, seen, int(client)) for client in clients], dtype=np.int64)
+
+    def _fitting(self, options: Sequence[Slices], seen: Observation, client: int) -> int:
+        room = float(seen.fleet.memory_bytes[client])
+        low, high = 0, len(options)  # the first `low` fit; those from `high` on do not
+        probe = high
+        while low < high:
+            if self.memory_bytes(options[probe - 1], seen, client) <= room:
+                low = probe
+            else:
+                high = probe - 1
+            probe = (low + high + 1) // 2
+        return low
 
     def with_training(self, **changes: object) -> LocalWork:
         """Return work that trains with other values of some fields of `LocalTraining`."""
