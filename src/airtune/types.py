@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from airtune.errors import InputError
 from airtune.lora import Adapter, AdapterShape, AdapterSlice, MergedUpdate
+from airtune.optimizers import GaLore, LoraRite, Optimizer, as_optimizer
 from airtune.wireless.rate import achievable_rate
 
 if TYPE_CHECKING:
@@ -151,7 +152,8 @@ class LocalTraining:
     epochs : passes over the client's data when `local_steps` is None.
     batch_size : examples per step.
     learning_rate : of the LoRA factors; `head_learning_rate` of the extras (None: the same).
-    optimizer : name known to the trainer ("adamw", "sgd"); its state is fresh in every round.
+    optimizer : a name of `airtune.optimizers` ("adamw", "sgd", "lora-plus", "lora-rite", "lora-pro", "galore"), or one
+        of its objects; a name becomes the object with its defaults. Its state is fresh in every round.
     weight_decay, momentum, max_grad_norm : of the optimizer; `max_grad_norm` None: no clipping.
     base_dropout : whether the base model's own dropout is active (False keeps a frozen prefix exact).
     lora_dropout : dropout in front of A.
@@ -163,13 +165,30 @@ class LocalTraining:
     batch_size: int = 16
     learning_rate: float = 1e-3
     head_learning_rate: float | None = None
-    optimizer: str = "adamw"
+    optimizer: Optimizer | str = "adamw"
     weight_decay: float = 0.0
     momentum: float = 0.0
     max_grad_norm: float | None = None
     base_dropout: bool = False
     lora_dropout: float = 0.0
     penalties: tuple[Penalty, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Turn a name into its optimizer, and refuse what it cannot do.
+
+        Raises
+        ------
+        InputError : the optimizer is not known, or does not go with another field.
+        """
+        optimizer = as_optimizer(self.optimizer)
+        object.__setattr__(self, "optimizer", optimizer)
+        if isinstance(optimizer, LoraRite) and self.max_grad_norm is not None:
+            raise InputError(
+                "max_grad_norm: the norm of the factors' gradients depends on how the product is factored, and "
+                "lora-rite must not; valid: none, with optimizer.clip in its place"
+            )
+        if isinstance(optimizer, GaLore) and self.weight_decay:
+            raise InputError("weight_decay: galore would decay the full weight, beyond the adapter's rank; valid: 0")
 
     def steps(self, num_examples: int) -> int:
         """Return the optimizer steps of a client with that many examples (at least one)."""

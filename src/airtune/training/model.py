@@ -174,7 +174,7 @@ class FederatedModel:
             wanted = train.extras if kind == "extra" else kind == "core" or kind in train.tensors
             tensor.requires_grad_(wanted and (kind == "extra" or train.kept(owner) > 0))
         frozen = _map_tensors(_held_only(model.adapter, train, receive), self._leaf)
-        merged = {module: _map_factors(_as_factors(update), self._leaf) for module, update in model.base_update.items()}
+        merged = {module: _map_factors(as_factors(update), self._leaf) for module, update in model.base_update.items()}
         for module, layer in self._layers.items():
             parts = [(trained.factors[slot], dropout) for slot in trained.placement.get(module, ())]
             parts += [(frozen.factors[slot], None) for slot in frozen.placement.get(module, ())]
@@ -261,10 +261,6 @@ def as_factors(update: MergedUpdate) -> LoraFactors:
 def _map_factors(factors: LoraFactors, change: Callable[[Tensor], Tensor]) -> LoraFactors:
     core = None if factors.core is None else change(factors.core)
     return replace(factors, A=change(factors.A), B=change(factors.B), core=core)
-
-
-def _as_factors(update: MergedUpdate) -> LoraFactors:
-    return update.factors() if isinstance(update, DenseUpdate) else update
 
 
 def _map_tensors(adapter: Adapter, change: Callable[[Tensor], Tensor]) -> Adapter:
