@@ -341,9 +341,12 @@ def _check_radio(plan: Plan, seen: Observation) -> Iterator[str]:
 
 
 def _check_slices(plan: Plan, seen: Observation) -> Iterator[str]:
+    known: dict[int, list[str]] = {}  # clients share slices
     for task in plan.tasks:
         for name, part in (("receive", task.receive), ("train", task.train), ("send", task.send)):
-            for line in part.violations(seen.shape):
+            if id(part) not in known:
+                known[id(part)] = part.violations(seen.shape)
+            for line in known[id(part)]:
                 yield f"client {task.client}: {name}: {line}"
         needed, available = seen.costs.memory_bytes(task), float(seen.fleet.memory_bytes[task.client])
         if needed > available:

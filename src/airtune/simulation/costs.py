@@ -7,7 +7,8 @@ gradient for frozen weights), bits as the compressor serialises them, bytes and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,20 @@ from airtune.devices.latency import Head, TransformerShape, backward_flops, forw
 from airtune.devices.memory import training_bytes
 from airtune.lora import AdapterShape, AdapterSlice
 from airtune.types import ClientTask, Fleet, Floats
+
+
+_Key = tuple[int, int, float, int]  # identities of two slices, tokens, batch size
+
+
+@dataclass(frozen=True)
+class _Known:
+    """FLOPs of one step and bytes at its peak; holds the slices, so that their identities stay theirs."""
+
+    train: AdapterSlice
+    receive: AdapterSlice
+    forward: float
+    backward: float
+    memory_bytes: float
 
 
 @dataclass(frozen=True)
@@ -43,27 +58,17 @@ class CostModel:
     value_bytes: int = 4
     constant_bytes: float = 0.5e9
 
+    _known: dict[_Key, _Known] = field(default_factory=dict[Any, Any], init=False, repr=False, compare=False)
+
     def at(self, fleet: Fleet) -> CostModel:
         """Return the same costs on a fleet in other power modes."""
         return replace(self, fleet=fleet)
 
     def compute_flops(self, task: ClientTask) -> tuple[float, float]:
         """Return the forward and the backward FLOPs of the task's local training, all steps together."""
-        trained, frozen = self._ranks(task)
-        length, batch = float(self.tokens[task.client]), task.training.batch_size
         steps = task.training.steps(int(self.fleet.num_examples[task.client]))
-        forward = forward_flops(self.network, trained + frozen, length, batch, self.head, self.classes)
-        backward = backward_flops(
-            self.network,
-            trained,
-            length,
-            batch,
-            self.head,
-            self.classes,
-            frozen_ranks=frozen,
-            train_head=task.train.extras,
-        )
-        return steps * float(forward), steps * float(backward)
+        one = self._of(task)
+        return steps * one.forward, steps * one.backward
 
     def compute_seconds(self, task: ClientTask) -> float:
         """Return the seconds of local training at the client's current speed."""
@@ -87,21 +92,42 @@ class CostModel:
 
     def memory_bytes(self, task: ClientTask) -> float:
         """Return the bytes that training needs at its peak."""
+        return self._of(task).memory_bytes
+
+    def _of(self, task: ClientTask) -> _Known:
+        """Return the costs of one step, computed once for all clients that share slices, batch size and tokens."""
+        length, batch = float(self.tokens[task.client]), task.training.batch_size
+        key = (id(task.train), id(task.receive), length, batch)
+        if key not in self._known:
+            self._known[key] = self._step_costs(task, length, batch)
+        return self._known[key]
+
+    def _step_costs(self, task: ClientTask, length: float, batch: int) -> _Known:
         trained, frozen = self._ranks(task)
-        return float(
-            training_bytes(
-                self.network,
-                trained,
-                float(self.tokens[task.client]),
-                task.training.batch_size,
-                self.head,
-                self.classes,
-                frozen_ranks=frozen,
-                value_bytes=self.value_bytes,
-                trained_other=self.shape.extra_values if task.train.extras else 0,
-                constant=self.constant_bytes,
-            )
+        forward = forward_flops(self.network, trained + frozen, length, batch, self.head, self.classes)
+        backward = backward_flops(
+            self.network,
+            trained,
+            length,
+            batch,
+            self.head,
+            self.classes,
+            frozen_ranks=frozen,
+            train_head=task.train.extras,
         )
+        needed = training_bytes(
+            self.network,
+            trained,
+            length,
+            batch,
+            self.head,
+            self.classes,
+            frozen_ranks=frozen,
+            value_bytes=self.value_bytes,
+            trained_other=self.shape.extra_values if task.train.extras else 0,
+            constant=self.constant_bytes,
+        )
+        return _Known(task.train, task.receive, float(forward), float(backward), float(needed))
 
     def _ranks(self, task: ClientTask) -> tuple[Floats, Floats]:
         """Return the ranks [layers, kinds] that are trained, and those that are present but frozen."""
