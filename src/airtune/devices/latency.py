@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -124,6 +125,7 @@ class TransformerShape:
         return embeddings + self.layers * (linear + 2 * norm) + norm + pooler + self.input_features * self.hidden
 
 
+@lru_cache(maxsize=4096)
 def module_position(name: str) -> tuple[int, str]:
     """Return (layer, kind) of a linear layer from its module name.
 
