@@ -18,7 +18,6 @@ from airtune.devices.memory import training_bytes
 from airtune.lora import AdapterShape, AdapterSlice
 from airtune.types import ClientTask, Fleet, Floats
 
-
 _Key = tuple[int, int, float, int]  # identities of two slices, tokens, batch size
 
 
