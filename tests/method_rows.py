@@ -8,6 +8,7 @@ from typing import Any
 
 from airtune.aggregation.mean import IndependentSampling, Mean
 from airtune.aggregation.one_factor import FrozenA
+from airtune.compression.soft import Soft
 from airtune.methods import built_in_names, method_class, method_names
 from airtune.methods.composed import Composed
 from airtune.methods.fed_sb import FedSB
@@ -29,6 +30,7 @@ from airtune.methods.legend import Legend
 from airtune.methods.lora_fair import LoRAFair
 from airtune.methods.rac_lora import RACLoRA
 from airtune.methods.rolora import RoLoRA
+from airtune.methods.soft import SoftLoRA
 from airtune.scheduling.bandwidth import EqualFinish
 from airtune.scheduling.planner import Separate
 from airtune.scheduling.sampling import Independent, Uniform, Weighted
@@ -102,6 +104,8 @@ ROWS = [
     Row("rac-lora", RACLoRA(cohort_size=1, rows="gaussian"), exact=False),
     Row("rac-lora", RACLoRA(lowest_rank=1), {"seed": FULL}, exact=False),
     Row("rolora", RoLoRA(cohort_size=1)),
+    Row("soft", SoftLoRA(cohort_size=1)),
+    Row("soft", SoftLoRA(compressor=Soft(0.5, fill="zero"), orthogonality="mixed"), {"seed": FULL}, exact=False),
     Row("composed", Composed(Separate(Uniform(1), RankByMemory()), Mean(absent="unchanged"))),
     Row("composed", Composed(Separate(Weighted(1), Depth()))),
     Row("composed", Composed(Separate(Independent(0.9), Sketch(2)), IndependentSampling())),

@@ -79,6 +79,15 @@ def prepared(method: object, model: ServerModel) -> ServerModel:
     return method.prepare(model) if isinstance(method, Prepares) else model
 
 
+@runtime_checkable
+class Diagnoses(Protocol):
+    """A method that puts more on record than costs and metrics: what the arrived factors show, its own queues ..."""
+
+    def diagnose(self, state: Any, outcome: RoundOutcome) -> Mapping[str, float]:
+        """Return numbers by name for `RoundRecord.diagnostics`, given the state after the round."""
+        ...
+
+
 def begin(method: Method[Any], model: ServerModel, environment: Environment) -> Progress:
     """Return the progress before round 1: a method that wants another start prepares the model first."""
     model = prepared(method, model)
@@ -120,7 +129,8 @@ def run(
         progress = Progress(index, outcome.end_time, model, state, pending)
         due = index % evaluate_every == 0 or stop.reached(progress, {})
         metrics = _evaluated(evaluate, progress) if due else {}
-        yield progress, _record(progress, seen.shape, outcome, metrics)
+        found = method.diagnose(state, outcome) if isinstance(method, Diagnoses) else {}
+        yield progress, replace(_record(progress, seen.shape, outcome, metrics), diagnostics=found)
         if any(not math.isfinite(value) for value in metrics.values()):
             raise NoResultError(f"round {index}: the model diverged ({dict(metrics)}); lower training.learning_rate")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,15 +22,17 @@ from airtune.compression.rows import (
     paired_blocks,
 )
 from airtune.compression.values import FloatingPoint, ValueCoder
-from airtune.errors import unknown_name
+from airtune.errors import InputError, unknown_name
 from airtune.lora import Adapter, AdapterShape, AdapterSlice, LoraFactors
-from airtune.types import Payload
+from airtune.types import LocalTraining, OrthogonalityPenalty, Payload
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Importance = Literal["product", "sum", "change"]
 Scope = Literal["slot", "pooled"]
+OrthogonalityForm = Literal["cosine", "off-diagonal", "identity", "mixed"]
+FORMS: tuple[OrthogonalityForm, ...] = ("cosine", "off-diagonal", "identity", "mixed")
 _IMPORTANCE: tuple[Importance, ...] = ("product", "sum", "change")
 
 
@@ -129,3 +132,18 @@ def _pooled(scores: Sequence[NDArray[Any]], blocks: Sequence[Block], counts: Seq
             masks[b][i] = True
             budget -= blocks[b].width
     return masks
+
+
+def orthogonalized(training: LocalTraining, weight: float, form: OrthogonalityForm) -> LocalTraining:
+    """Return the training with SOFT's penalty added; the same training for weight 0."""
+    if weight == 0.0:
+        return training
+    return replace(training, penalties=(*training.penalties, OrthogonalityPenalty(weight, form)))
+
+
+def check_orthogonality(weight: float, form: str) -> None:
+    """Raise InputError unless weight and form are possible."""
+    if not 0.0 <= weight < math.inf:
+        raise InputError(f"method.orthogonality_weight: {weight} is not possible; valid: at least 0")
+    if form not in FORMS:
+        raise unknown_name("method.orthogonality", form, FORMS)

@@ -43,6 +43,7 @@ _BUILT_IN: Mapping[str, str] = {
     "lora-fair": "airtune.methods.lora_fair:LoRAFair",
     "rac-lora": "airtune.methods.rac_lora:RACLoRA",
     "rolora": "airtune.methods.rolora:RoLoRA",
+    "soft": "airtune.methods.soft:SoftLoRA",
 }
 
 

@@ -156,7 +156,7 @@ class _Search:
         width = p.needed(latency)
         gain, cost = -np.diff(p.errors, axis=1), np.diff(np.where(np.isfinite(width), width, 1e300), axis=1)
         density = np.minimum.accumulate(gain / np.maximum(cost, 1e-300), axis=1)  # falling, up to rounding
-        order = np.argsort(-density.ravel(), kind="stable")
+        order = np.argsort(-density.ravel())
         used = np.cumsum(cost.ravel()[order])
         band = p.total_bandwidth - float(width[:, 0].sum())
         count = int(np.searchsorted(used, band * (1.0 + 1e-12), side="right"))
@@ -174,7 +174,9 @@ class _Search:
         low, high = self.lowest, self.highest
         points = np.geomspace(low, high, _GRID) if high > low else np.array([low])
         if start is not None and low < start < high:
-            points = np.unique(np.concatenate([np.geomspace(low, high, _GRID // 2), start * np.array([0.97, 1.0, 1.03])]))
+            points = np.unique(
+                np.concatenate([np.geomspace(low, high, _GRID // 2), start * np.array([0.97, 1.0, 1.03])])
+            )
             points = points[(points >= low) & (points <= high)]
         values = [self.at(float(point))[1] for point in points]
         best = int(np.argmin(values))
@@ -200,7 +202,7 @@ def _polished(p: PricedRound, choice: Ints) -> tuple[Ints, Solution]:
     """Return the choice after single steps and exchanges of one component that help, and its equal-finish split."""
     finish = p.finish(choice)
     best = _objective(p, choice, finish)
-    for _ in range(12 if choice.size <= 50 else 2):
+    for _ in range(12 if choice.size <= 50 else 1):
         better = False
         for candidate in _steps(p, choice, finish):
             other = p.finish(candidate)
@@ -256,7 +258,9 @@ def _answer(p: PricedRound, choice: Ints, finish: Solution, bound: float, iterat
     value = {"choice": choice, "bandwidth": np.asarray(finish.value), "latency": finish.objective, "bound": bound}
     objective = _objective(p, choice, finish)
     gap = (objective - bound) / objective if objective > 0.0 else 0.0
-    return Solution(value, "feasible" if gap > 0.0 else "optimal", objective, iterations, f"within {gap:.2%} of the bound")
+    return Solution(
+        value, "feasible" if gap > 0.0 else "optimal", objective, iterations, f"within {gap:.2%} of the bound"
+    )
 
 
 def _nothing(p: PricedRound) -> dict[str, object]:
@@ -266,9 +270,9 @@ def _nothing(p: PricedRound) -> dict[str, object]:
 
 
 def _snr_for_efficiency(y: Array) -> Array:
-    """Return x > 0 with ln(1 + x) = y x, as `airtune.wireless.rate.snr_for_efficiency` but to about 1e-9, in few passes.
+    """Return x > 0 with ln(1 + x) = y x, as `airtune.wireless.rate.snr_for_efficiency` but in two passes.
 
-    The same starting bound, then Halley's iteration, whose third order makes two steps enough for a search.
+    The same starting bound, then Halley's iteration: of third order, so that two steps reach 1e-9 or better.
     """
     rest = 1.0 - y
     u = np.maximum(-np.log(y) - rest, 0.5 * rest * rest)
@@ -280,7 +284,7 @@ def _snr_for_efficiency(y: Array) -> Array:
     return x
 
 
-# ----------------------------------------------------------------------------------------------------- other constraints
+# ---------------------------------------------------------------------------------------------------- other constraints
 
 
 def fixed_rate_choice(seconds: ArrayLike, errors: ArrayLike, queue: float) -> Solution:
