@@ -34,10 +34,6 @@ class Estimate:
         """Return the estimate of `size` clients of which nothing is known."""
         return Estimate(np.full(size, np.nan), np.full(size, np.nan))
 
-    def known_or(self, predicted: Floats) -> Floats:
-        """Return the estimates, [clients], with predictions where nothing is known."""
-        return np.where(np.isnan(self.value), predicted, self.value)
-
 
 @dataclass(frozen=True)
 class Capacity:
@@ -152,22 +148,14 @@ def assumed_speeds(capacity: Capacity, seen: Observation, work: LocalWork, clien
 
     full : the slices of the deepest choice; the probe asks for its cost and an equal share of the free band.
     """
-    tasks = [work.task(int(client), full, seen) for client in clients]
-    flops = np.array([seen.costs.compute_flops(task) for task in tasks]).reshape(-1, 2)
-    seconds = np.array([seen.costs.compute_seconds(task) for task in tasks])
     steps = np.array([work.training.steps(int(n)) for n in seen.fleet.num_examples[clients]], dtype=np.float64)
-    per_flop = seconds / (np.maximum(flops.sum(axis=1), 1e-300) * steps)
+    forward, backward = capacity.forward.value[clients], capacity.backward_layer.value[clients]
+    for place in np.flatnonzero(np.isnan(forward) | np.isnan(backward)):
+        task = work.task(int(clients[place]), full, seen)
+        flops = np.array(seen.costs.compute_flops(task))
+        part = seen.costs.compute_seconds(task) * flops / (max(float(flops.sum()), 1e-300) * steps[place])
+        forward[place], backward[place] = part[0], part[1] / max(full.train.depth(seen.shape), 1)
     share = np.full(len(clients), seen.free_bandwidth / max(len(clients), 1))
     rate = seen.links.uplink_rate(clients, share, seen.fleet.transmit_power[clients])
-    known = Capacity(
-        *(
-            Estimate(part.value[clients], part.suspect[clients])
-            for part in (capacity.forward, capacity.backward_layer, capacity.upload_bit)
-        )
-    )
-    return Speeds(
-        forward=known.forward.known_or(per_flop * flops[:, 0]),
-        backward_layer=known.backward_layer.known_or(per_flop * flops[:, 1] / max(full.train.depth(seen.shape), 1)),
-        upload_bit=known.upload_bit.known_or(1.0 / rate),
-        steps=steps,
-    )
+    upload = capacity.upload_bit.value[clients]
+    return Speeds(forward, backward, np.where(np.isnan(upload), 1.0 / rate, upload), steps)
