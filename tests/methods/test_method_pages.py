@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from airtune.experiment.config import read_experiment
+from airtune.experiment.config import read_experiment, read_file
 from airtune.methods import built_in_names, method_class
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -34,6 +34,16 @@ def test_a_page_mentions_every_field_and_the_paper(name: str) -> None:
     missing = [field for field in own if f"`{field}`" not in page and f"{field} = " not in page]
     assert [field for field in missing if field not in ("bandwidth", "cohort_size")] == []
     assert getattr(kind, "arxiv", "no paper of its own") in page
+
+
+@pytest.mark.parametrize("path", sorted((DOCS.parent / "experiments").glob("*/*.toml")), ids=lambda path: path.stem)
+def test_every_experiment_and_variant_of_the_repository_can_be_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(DOCS.parent)
+    file = read_file(path)
+    for label in (None, *file.variants):
+        assert file.experiment(label).method_name in built_in_names()
 
 
 def test_there_are_examples() -> None:
