@@ -112,8 +112,7 @@ class LoraFactors:
         Cost O((in + out) rank^2), no dense product. The singular values go into B (A gets orthonormal rows), or into
         both as square roots if `balanced`. The scaling is kept.
         """
-        head, _ = self.split(rank, balanced=balanced)
-        return head
+        return self.split(rank, 0.0, balanced=balanced)[0]
 
     def split(self, rank: int, energy: float = 1.0, *, balanced: bool = False) -> tuple[LoraFactors, LoraFactors]:
         """Return the leading `rank` singular components, and those that follow until `energy` is reached.
@@ -122,14 +121,24 @@ class LoraFactors:
         the two products add up to this one. The singular values go into B, or into both factors as square roots if
         `balanced`; the scaling is kept.
         """
-        left, singular, right = self.svd()
+        left, singular, right = self.leading(rank, energy)
         head = min(rank, int(singular.shape[0]))
-        last = max(head, rank_for_energy(singular, energy))
         singular = singular / self.scaling
-        return tuple(  # pyright: ignore[reportReturnType]
-            _from_svd(left[:, part], singular[part], right[part], like=self, balanced=balanced)
-            for part in (slice(0, head), slice(head, last))
-        )
+        parts = slice(0, head), slice(head, None)
+        first, rest = (_from_svd(left[:, p], singular[p], right[p], like=self, balanced=balanced) for p in parts)
+        return first, rest
+
+    def leading(self, rank: int, energy: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the leading part of `svd`: at least `rank` directions, and as many as hold the share `energy`.
+
+        Where the dense product is the smaller matrix and few directions are asked for, they come from the leading
+        eigenvectors of its Gram matrix, and from an exact SVD inside the subspace that these span.
+        """
+        if self.rank >= min(self.in_features, self.out_features):
+            return _leading_dense(self.cast(_double()).product(), rank, energy)
+        left, singular, right = self.svd()
+        kept = max(rank, rank_for_energy(singular, energy))
+        return left[:, :kept], singular[:kept], right[:kept]
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return U [out, k], singular values [k] and V' [k, in] of the scaled product in double precision.
@@ -140,7 +149,7 @@ class LoraFactors:
         import torch
 
         if self.rank >= min(self.in_features, self.out_features):
-            return _dense_svd(self.cast(torch.float64).product())
+            return _dense_svd(self.cast(_double()).product())
         inner = self.A if self.core is None else self.core @ self.A
         q_left, r_left = torch.linalg.qr(self.B.double())
         q_right, r_right = torch.linalg.qr(inner.double().T)
@@ -489,11 +498,12 @@ class Exchange:
         self, receive: AdapterSlice, train: AdapterSlice, send: AdapterSlice
     ) -> tuple[AdapterSlice, AdapterSlice, AdapterSlice]:
         """Return the three slices with fewer factors: only those that both the slice and the exchange name."""
-        return (
-            replace(receive, tensors=receive.tensors & self.receive),
-            replace(train, tensors=train.tensors & self.train),
-            replace(send, tensors=send.tensors & self.send),
-        )
+        return _with_factors(receive, self.receive), _with_factors(train, self.train), _with_factors(send, self.send)
+
+
+def _with_factors(part: AdapterSlice, factors: frozenset[Factor]) -> AdapterSlice:
+    """Return the slice with those factors only; the same object where nothing changes, as tasks share slices."""
+    return part if part.tensors <= factors else replace(part, tensors=part.tensors & factors)
 
 
 _OWN = "own/"
@@ -599,7 +609,7 @@ def rank_for_energy(singular: Tensor, energy: float) -> int:
     """
     squares = singular.double() ** 2
     total = float(squares.sum())
-    if not total > 0.0:
+    if not total > 0.0 or energy <= 0.0:
         return 0
     if energy >= 1.0:
         return int((singular > 1e-14 * singular[0]).sum())
@@ -612,6 +622,37 @@ def _dense_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return u, s, vh
+
+
+def _leading_dense(matrix: Tensor, rank: int, energy: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading singular directions of a dense matrix, see `LoraFactors.leading`."""
+    import torch
+
+    if matrix.shape[0] > matrix.shape[1]:
+        right, singular, left = _leading_dense(matrix.T, rank, energy)
+        return left.T, singular, right.T
+    size = int(matrix.shape[0])
+    gram = matrix @ matrix.T
+    kept = rank
+    if energy > 0.0:
+        values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
+        kept = max(rank, rank_for_energy(values.sqrt(), energy))
+    if kept > size // 4:
+        left, singular, right = _dense_svd(matrix)
+        kept = max(rank, rank_for_energy(singular, energy))
+        return left[:, :kept], singular[:kept], right[:kept]
+    from scipy.linalg import eigh
+
+    _, vectors = eigh(gram.numpy(), subset_by_index=(size - kept, size - 1)) if kept else (None, gram.numpy()[:, :0])
+    basis = torch.from_numpy(vectors).to(matrix)
+    left, singular, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ left, singular, right
+
+
+def _double() -> torch.dtype:
+    import torch
+
+    return torch.float64
 
 
 def _from_svd(left: Tensor, singular: Tensor, right: Tensor, *, like: LoraFactors, balanced: bool) -> LoraFactors:
