@@ -1,0 +1,104 @@
+"""What depth really saves: executed backward FLOPs and kept activations, counted by torch, not by a formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from airtune.devices.latency import TransformerShape, backward_flops, forward_flops, rank_table
+from airtune.lora import AdapterSlice
+from airtune.training.model import FederatedModel
+from airtune.training.shapes import ModelConfig
+from airtune.types import ServerModel
+from tiny_networks import CLASSES, network, random_adapter
+
+DEPTHS = 6
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """Return six layers of width 64 with eager attention, whose products the counter can see."""
+    bert = network(num_hidden_layers=DEPTHS, hidden_size=64, intermediate_size=256)
+    made = FederatedModel(bert, ModelConfig(name="random", rank=4, alpha=8.0), num_labels=CLASSES, precision="fp32")
+    made.network.set_attn_implementation("eager")
+    return made
+
+
+def batch(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(2, 61, (8, 24), generator=torch.Generator().manual_seed(0))
+    return ids, torch.ones_like(ids)
+
+
+def step(model: Any, train: AdapterSlice, receive: AdapterSlice | None = None) -> dict[str, float]:
+    """Run one forward and one backward pass and return FLOPs and the bytes kept in between."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.activate(ServerModel(random_adapter(model)), train, receive)
+    parameters = {p.untyped_storage().data_ptr() for p in model.network.parameters()}
+    with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = model.logits(*batch(model)).square().mean()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    activations = sum(size for pointer, size in kept.items() if pointer not in parameters)
+    return {"forward": forward.get_total_flops(), "backward": backward.get_total_flops(), "kept": activations}
+
+
+def by_depth(model: Any, outside: str) -> dict[str, np.ndarray]:
+    shape = model.shape
+    measured = []
+    for depth in range(1, DEPTHS + 1):
+        train = AdapterSlice.top_layers(shape, depth, outside)  # type: ignore[arg-type]
+        measured.append(step(model, train, AdapterSlice.everything(shape) if outside == "frozen" else train))
+    return {key: np.array([row[key] for row in measured], dtype=float) for key in measured[0]}
+
+
+@pytest.mark.parametrize("outside", ["frozen", "absent"])
+def test_executed_backward_flops_and_kept_activations_are_linear_in_depth(model: Any, outside: str) -> None:
+    """LEGEND's T1: every layer less saves the same; R^2 above 0.98."""
+    found = by_depth(model, outside)
+    depth = np.arange(1, DEPTHS + 1)
+    for key in ("backward", "kept"):
+        steps = np.diff(found[key])
+        assert steps.min() > 0
+        assert np.ptp(steps) <= 0.02 * steps.mean()
+        assert np.corrcoef(depth, found[key])[0, 1] ** 2 > 0.999
+    per_layer = np.diff(found["backward"]).mean()
+    assert found["backward"][0] < 1.3 * per_layer  # nothing is computed below the lowest trained layer
+
+
+def test_the_forward_pass_crosses_all_layers_at_every_depth(model: Any) -> None:
+    frozen = by_depth(model, "frozen")["forward"]
+    assert np.ptp(frozen) == 0
+    absent = by_depth(model, "absent")["forward"]
+    assert np.all(np.diff(absent) > 0)  # D2 leaves the products of the lower layers' factors out
+    assert absent[0] > 0.9 * frozen[0]
+
+
+def test_the_whole_saving_is_about_two_l_over_l_plus_one(model: Any) -> None:
+    """A layer's backward pass costs a little more than its forward pass: attention and the factors' own gradients."""
+    found = by_depth(model, "frozen")
+    total = found["forward"] + found["backward"]
+    gain, bound = total[-1] / total[0], 2 * DEPTHS / (DEPTHS + 1)
+    assert bound < gain < 1.15 * bound
+
+
+def test_the_cost_model_counts_what_torch_executes(model: Any) -> None:
+    """The planner's FLOPs of each depth against the executed ones."""
+    found, shape = by_depth(model, "frozen"), TransformerShape.from_config(model.config_json)
+    for depth in range(1, DEPTHS + 1):
+        ranks = [{n: 4 * (s.layer >= DEPTHS - depth) for n, s in model.shape.slots.items()}]
+        ranks.append({n: 4 * (s.layer < DEPTHS - depth) for n, s in model.shape.slots.items()})
+        trained, frozen = (rank_table(shape, part) for part in ranks)
+        forward = forward_flops(shape, trained + frozen, 24, 8, "classification", CLASSES)
+        backward = backward_flops(shape, trained, 24, 8, "classification", CLASSES, frozen_ranks=frozen)
+        assert float(forward) == pytest.approx(found["forward"][depth - 1], rel=0.05)
+        assert float(backward) == pytest.approx(found["backward"][depth - 1], rel=0.05)
