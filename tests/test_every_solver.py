@@ -318,3 +318,28 @@ def test_a_very_uneven_cohort_is_solved(row) -> None:
     assert found.ok
     assert w.sum() == pytest.approx(p.total, rel=1e-9)
     assert row.cost(p, w) == pytest.approx(found.objective, rel=1e-6)
+
+
+@every
+@pytest.mark.parametrize("seed", range(40))
+def test_wild_numbers_give_a_feasible_answer_or_a_named_reason(row, seed) -> None:
+    """Gains over 15 decades, payloads over 9, computations from microseconds to hours, bounds, deadlines to the digit."""
+    rng = np.random.default_rng(seed)
+    n, total = int(rng.integers(1, 12)), 10 ** rng.uniform(3, 9)
+    bits = np.where(rng.random(n) < 0.9, 10 ** rng.uniform(0, 9, n), 0.0)
+    compute = np.where(rng.random(n) < 0.8, 10 ** rng.uniform(-6, 4, n), 0.0)
+    p = Problem(compute, bits, 10 ** rng.uniform(-3, 1, n), 10 ** rng.uniform(-17, -2, n), total)
+    low, high = rng.choice([0.0, 0.3 * total / n]), rng.choice([np.inf, 1.5 * total / n])
+    earliest = equal_finish(*p.link, GAP, minimum=low, maximum=high)
+    assert earliest.status == "optimal"
+    slack = rng.choice([1.0 + 1e-9, 1.01, 2.0, 100.0])
+    p = Problem(p.compute, bits, p.power, p.gain, total, slack * earliest.objective)
+    found = row.solve(p, minimum=low, maximum=high)
+    if not found.ok:
+        assert slack < 1.01, "a deadline that can be met was refused"
+        assert "client" in found.message
+        return
+    w = bandwidth(found)
+    assert np.isfinite(found.objective)
+    assert w.sum() <= total * (1 + 1e-9)
+    assert ((w >= low * (1 - 1e-9)) & (w <= high * (1 + 1e-9))).all()

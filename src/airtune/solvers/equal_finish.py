@@ -77,20 +77,32 @@ class Uploads:
 
     def finish(self, bandwidth: ArrayLike) -> Array:
         """Return the finish times [clients], s: compute_seconds + bits / rate; infinite where bits meet no rate."""
-        rate = self.rate(bandwidth)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return self.compute_seconds + np.where(self.bits > 0.0, self.bits / rate, 0.0)
+        return self.compute_seconds + self.upload_seconds(bandwidth)
 
     def needed(self, deadline: ArrayLike) -> Array:
         """Return the bandwidth [clients], Hz, with which each just ends by `deadline` (s); infinite if none does."""
-        left = np.asarray(deadline, dtype=np.float64) - self.compute_seconds
-        with np.errstate(divide="ignore"):
+        return self.needed_within(np.asarray(deadline, dtype=np.float64) - self.compute_seconds)
+
+    def needed_within(self, left: Array) -> Array:
+        """Return the bandwidth [clients], Hz, with which each upload takes `left` s; infinite if none does."""
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             rate = np.where(self.bits > 0.0, self.bits / np.maximum(left, 0.0), np.where(left >= 0.0, 0.0, np.inf))
         return np.maximum(self.minimum, bandwidth_for_rate(rate, self.signal, 1.0, self.noise))
 
-    def permuted(self, order: NDArray[np.intp]) -> Uploads:
-        """Return the same uploads of the clients `order` only."""
-        return replace(self, **{name: getattr(self, name)[order] for name in self.__dataclass_fields__})
+    def upload_seconds(self, bandwidth: ArrayLike) -> Array:
+        """Return bits / rate [clients], s; infinite where bits meet no rate."""
+        rate = self.rate(bandwidth)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            return np.where(self.bits > 0.0, self.bits / rate, 0.0)
+
+    @property
+    def wait(self) -> Array:
+        """How much earlier than the last client each one ends computing, [clients], s.
+
+        The solvers count time from the end of the last computation: uploads may be much shorter than computations,
+        and the digits of a short upload would be lost in a sum of the two.
+        """
+        return self.compute_seconds.max(initial=0.0) - self.compute_seconds
 
 
 def equal_finish(
@@ -161,36 +173,54 @@ def _continuous(uploads: Uploads, total: float) -> Solution:
     problem = why_infeasible(uploads, total)
     if problem is not None:
         return infeasible(uploads.size, problem)
-    earliest = float(uploads.finish(np.minimum(uploads.maximum, total)).max())
-    need = uploads.needed(earliest)
-    need = np.where(need > uploads.maximum, uploads.maximum, need)  # the last digit of the client that decides
+    earliest = float((uploads.upload_seconds(np.minimum(uploads.maximum, total)) - uploads.wait).max())
+    need = uploads.needed_within(uploads.wait + earliest)
+    need = np.minimum(need, uploads.maximum)  # the last digit of the client that decides
+    last = float(uploads.compute_seconds.max())
     if need.sum() <= total:
-        return Solution(need, "optimal", earliest, 0, "limited by a client's own maximum, not by the band")
-    finish, iterations = _root(uploads, total, earliest)
-    bandwidth = np.minimum(uploads.needed(finish), uploads.maximum)
-    converged = abs(bandwidth.sum() / total - 1.0) < 1e-9
-    return Solution(bandwidth, "optimal" if converged else "stalled", finish, iterations)
+        return Solution(need, "optimal", last + earliest, 0, "limited by a client's own maximum, not by the band")
+    low, offset, iterations = _root(uploads, total, earliest)
+    bandwidth = _spread_rest(uploads, np.minimum(uploads.needed_within(uploads.wait + offset), uploads.maximum), total)
+    closed = offset - low <= 1e-12 * abs(offset) or abs(bandwidth.sum() / total - 1.0) < 1e-9
+    return Solution(bandwidth, "optimal" if closed else "stalled", last + offset, iterations)
 
 
-def _root(uploads: Uploads, total: float, low: float) -> tuple[float, int]:
-    """Return T > low at which the needs add up to `total`, and the number of iterations."""
+def _spread_rest(uploads: Uploads, bandwidth: Array, total: float) -> Array:
+    """Return the split with what rounding left of the band (or took too much) spread over those off their bounds.
+
+    Where the signal is far below the noise over the band, bandwidth hardly changes the rate, and the last digit of the
+    time is many Hz.
+    """
+    free = bandwidth * ((bandwidth > uploads.minimum) & (bandwidth < uploads.maximum))
+    if not free.any():
+        return bandwidth
+    adjusted = bandwidth + free / free.sum() * (total - bandwidth.sum())
+    return np.clip(adjusted, uploads.minimum, uploads.maximum)
+
+
+def _root(uploads: Uploads, total: float, low: float) -> tuple[float, float, int]:
+    """Return a bracket of the time after the last computation at which the needs add up to `total`, and iterations."""
     spread = np.maximum(uploads.minimum, np.minimum(uploads.maximum, _shares(uploads, total)))
-    high = float(uploads.finish(spread).max())
+    wait = uploads.wait
+    high = float((uploads.upload_seconds(spread) - wait).max())
     time, iteration = high, 0
     while iteration < _ITERATIONS:
         iteration += 1
-        need = uploads.needed(time)
-        excess = float(np.log(need.sum() / total))
+        need = uploads.needed_within(wait + time)
+        with np.errstate(over="ignore"):
+            excess = float(np.log(need.sum() / total))
         if excess <= 0.0:
             high = time
         else:
             low = time
-        if -1e-13 <= excess <= 0.0 or high - low <= 4e-16 * high:
+        if -1e-13 <= excess <= 0.0:
+            return high, high, iteration
+        if high - low <= 4e-16 * abs(high):
             break
-        time = _newton(uploads, need, time, excess)
+        time = _newton(uploads, need, wait + time, time, excess)
         if not low < time < high:
             time = 0.5 * (low + high)
-    return high, iteration
+    return low, high, iteration
 
 
 def _shares(uploads: Uploads, total: float) -> Array:
@@ -199,15 +229,13 @@ def _shares(uploads: Uploads, total: float) -> Array:
     return uploads.minimum + active * (total - uploads.minimum.sum()) / max(int(active.sum()), 1)
 
 
-def _newton(uploads: Uploads, need: Array, time: float, excess: float) -> float:
+def _newton(uploads: Uploads, need: Array, left: Array, time: float, excess: float) -> float:
     """Return the Newton step for log(sum w(T)) = log W: dw/dT = -bits / ((T - compute)^2 R'(w)), 0 at the minimum."""
     if not np.isfinite(excess):
         return float("nan")
     moving = (need > uploads.minimum) & (uploads.bits > 0.0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        slope = uploads.bits / (
-            (time - uploads.compute_seconds) ** 2 * rate_derivative(need, uploads.signal, 1.0, uploads.noise)
-        )
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        slope = uploads.bits / (left**2 * rate_derivative(need, uploads.signal, 1.0, uploads.noise))
     total_slope = float(slope[moving].sum())
     return time + excess * float(need.sum()) / total_slope if total_slope > 0.0 else float("nan")
 
@@ -226,29 +254,35 @@ def _whole_blocks(uploads: Uploads, total: float, block: float) -> Solution:
         problem = f"{least.sum():g} resource blocks needed at least, {available} in the band; {name_clients(least > 0)}"
     if problem is not None:
         return infeasible(uploads.size, problem)
-    low = _continuous(replace(uploads, minimum=least * block, maximum=most * block), total)
-    return _bisect_blocks(uploads, low.objective, least, most, available, block)
+    bounded = replace(uploads, minimum=least * block, maximum=most * block)
+    low = _continuous(bounded, total).objective - float(uploads.compute_seconds.max())
+    return _bisect_blocks(uploads, low, least, most, available, block)
 
 
 def _bisect_blocks(uploads: Uploads, low: float, least: Array, most: Array, available: int, block: float) -> Solution:
-    def blocks(deadline: float) -> Array:
-        return np.maximum(least, np.ceil(uploads.needed(deadline) / block * (1.0 - 1e-12)))
+    wait = uploads.wait
+
+    def blocks(offset: float) -> Array:
+        return np.maximum(least, np.ceil(uploads.needed_within(wait + offset) / block * (1.0 - 1e-12)))
 
     def fits(count: Array) -> bool:
         return bool(count.sum() <= available and (count <= most).all())
 
-    best, high = least, float(uploads.finish(least * block).max())
+    def ends(count: Array) -> float:
+        return float((uploads.upload_seconds(count * block) - wait).max())
+
+    best, high = least, ends(least)
     if fits(blocks(low)):
         best, high = blocks(low), low
     iteration = 0
     while iteration < _ITERATIONS:
         iteration += 1
         middle = 0.5 * (low + high)
-        if high - low <= 1e-14 * high or not low < middle < high:
+        if high - low <= 1e-14 * abs(high) or not low < middle < high:
             break
         count = blocks(middle)
         if fits(count):
-            best, high = count, min(middle, float(uploads.finish(count * block).max()))
+            best, high = count, min(middle, ends(count))
         else:
             low = middle
     bandwidth = best * block

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from airtune.solvers.solution import Solution, infeasible, name_clients
 Array = NDArray[np.float64]
 
 _ITERATIONS = 200
+_SLACK = 1e-9  # relative; a deadline taken from another solution is met up to rounding
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class SeparableBand:
             return infeasible(self.lower.size, problem)
         if resource_block is not None:
             return self._whole_blocks(resource_block)
+        if self.lower.sum() >= self.total:  # by less than the tolerance of `_infeasible`
+            return self._answer(self.lower * (self.total / self.lower.sum()), 0, "every client has its minimum")
+        if (self.lower > self.upper).any():
+            return replace(self, lower=np.minimum(self.lower, self.upper)).solve()
         if self.upper.sum() <= self.total:
             return self._answer(self.upper, 0, "every client has its maximum")
         price, iterations = self._price()
@@ -54,10 +59,10 @@ class SeparableBand:
         return self._answer(self._fill(bandwidth), iterations)
 
     def _infeasible(self) -> str | None:
-        blocked = ~np.isfinite(self.lower) | (self.lower > self.upper * (1.0 + 1e-12))
+        blocked = ~np.isfinite(self.lower) | (self.lower > self.upper * (1.0 + _SLACK))
         if blocked.any():
             return f"{name_clients(blocked)}: cannot meet the deadline even with the largest bandwidth allowed"
-        if self.lower.sum() > self.total * (1.0 + 1e-12):
+        if self.lower.sum() > self.total * (1.0 + _SLACK):
             most = self.lower > self.total / self.lower.size
             return f"the least bandwidths add up to more than {self.total:g} Hz; {name_clients(most)} need most"
         return None

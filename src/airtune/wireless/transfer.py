@@ -12,7 +12,8 @@ Integers = NDArray[np.int64]
 Rates = Callable[[Integers, Integers, int], Array]
 """(rows [n], first block [n], count) -> bit/s [n, count] of those rows of the query."""
 
-_FEWEST, _MOST = 8, 1024  # blocks looked at in one step
+_FEWEST, _MOST = 8, 1024  # blocks of a client looked at in one step
+_ENTRIES = 2**20  # at most so many numbers in one work array
 
 
 def seconds_at(rate: Array, bits: Array) -> Array:
@@ -38,7 +39,7 @@ def integrate_blocks(rates: Rates, start: Array, bits: Array, block: float, limi
     rows = np.flatnonzero(bits > 0.0)
     first = np.floor(start / block).astype(np.int64)
     left, elapsed = np.array(bits, dtype=np.float64), np.zeros(bits.shape)
-    count = _FEWEST
+    count = max(1, min(_FEWEST, _ENTRIES // max(rows.size, 1)))
     while rows.size:
         begin = np.maximum(start[rows], first[rows] * block)
         length = np.full((rows.size, count), block)
@@ -51,7 +52,7 @@ def integrate_blocks(rates: Rates, start: Array, bits: Array, block: float, limi
         elapsed[rows] += length.sum(axis=1)
         first[rows] += count
         rows = rows[~done & (elapsed[rows] < limit)]
-        count = min(2 * count, _MOST)
+        count = max(1, min(2 * count, _MOST, _ENTRIES // max(rows.size, 1)))
     return np.where(seconds > limit, np.inf, seconds)
 
 
