@@ -323,7 +323,7 @@ def test_a_very_uneven_cohort_is_solved(row) -> None:
 @every
 @pytest.mark.parametrize("seed", range(40))
 def test_wild_numbers_give_a_feasible_answer_or_a_named_reason(row, seed) -> None:
-    """Gains over 15 decades, payloads over 9, computations from microseconds to hours, bounds, deadlines to the digit."""
+    """Gains over 15 decades, payloads over 9, computations from microseconds to hours, bounds, tight deadlines."""
     rng = np.random.default_rng(seed)
     n, total = int(rng.integers(1, 12)), 10 ** rng.uniform(3, 9)
     bits = np.where(rng.random(n) < 0.9, 10 ** rng.uniform(0, 9, n), 0.0)
