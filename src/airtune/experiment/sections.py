@@ -24,6 +24,7 @@ from airtune.experiment.schema import (
 from airtune.types import LocalTraining
 from airtune.wireless.channel import Channel, RadioChannel
 from airtune.wireless.knowledge import ChannelKnowledge
+from airtune.wireless.trace import TraceChannel
 from airtune.wireless.units import quantity
 
 
@@ -197,7 +198,7 @@ def read_merged(parts: tuple[type, ...], value: Any, where: str, context: Contex
     )
 
 
-CHANNELS: Mapping[str, type] = {"cell": Channel}
+CHANNELS: Mapping[str, type] = {"cell": Channel, "trace": TraceChannel}
 
 
 def read_wireless(value: Any) -> Wireless:
