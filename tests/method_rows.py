@@ -14,8 +14,8 @@ from airtune.methods.composed import Composed
 from airtune.methods.fed_sb import FedSB
 from airtune.methods.fedex_lora import FedExLoRA
 from airtune.methods.fedit import FedIT
-from airtune.methods.fedra import FedRA
 from airtune.methods.fedopt import FedOpt
+from airtune.methods.fedra import FedRA
 from airtune.methods.fedsa_lora import FedSALoRA
 from airtune.methods.fedsvd import FedSVD
 from airtune.methods.ffa_lora import FFALoRA
@@ -31,6 +31,7 @@ from airtune.methods.lora_fair import LoRAFair
 from airtune.methods.rac_lora import RACLoRA
 from airtune.methods.rolora import RoLoRA
 from airtune.methods.soft import SoftLoRA
+from airtune.methods.tsfa import TSFA
 from airtune.scheduling.bandwidth import EqualFinish
 from airtune.scheduling.planner import Separate
 from airtune.scheduling.sampling import Independent, Uniform, Weighted
@@ -106,6 +107,9 @@ ROWS = [
     Row("rolora", RoLoRA(cohort_size=1)),
     Row("soft", SoftLoRA(cohort_size=1)),
     Row("soft", SoftLoRA(compressor=Soft(0.5, fill="zero"), orthogonality="mixed"), {"seed": FULL}, exact=False),
+    Row("tsfa", TSFA(cohort_size=1, pilot_rounds=0)),
+    Row("tsfa", TSFA(pilot_rounds=0, queues="client", rate_quantile=0.1), {"seed": FULL}),
+    Row("tsfa", TSFA(candidate_ranks=(2,)), {"seed": FULL, "fixed point": "the pilot ends with a smaller rank"}),
     Row("composed", Composed(Separate(Uniform(1), RankByMemory()), Mean(absent="unchanged"))),
     Row("composed", Composed(Separate(Weighted(1), Depth()))),
     Row("composed", Composed(Separate(Independent(0.9), Sketch(2)), IndependentSampling())),

@@ -14,6 +14,7 @@ from airtune.methods.composed import PLANNERS, Composed
 from airtune.methods.fedit import FedIT
 from airtune.methods.hetlora import HetLoRA
 from airtune.methods.legend import Legend
+from airtune.methods.tsfa import TSFA
 from airtune.scheduling.bandwidth import EqualFinish
 from airtune.scheduling.planner import Separate
 from airtune.scheduling.power import LeastPower
@@ -36,6 +37,8 @@ PLANNER_ROWS: list[Any] = [
     Legend(reference_rank=2),
     Legend(reference_rank=2, drop_straggler=True),
     Legend(reference_rank=2, variant="C"),
+    TSFA(),
+    TSFA(pilot_rounds=0, queues="client"),
 ]
 AGGREGATOR_ROWS: list[Any] = [
     *(Mean(absent=absent) for absent in ("excluded", "unchanged", "zero")),

@@ -44,6 +44,7 @@ _BUILT_IN: Mapping[str, str] = {
     "rac-lora": "airtune.methods.rac_lora:RACLoRA",
     "rolora": "airtune.methods.rolora:RoLoRA",
     "soft": "airtune.methods.soft:SoftLoRA",
+    "tsfa": "airtune.methods.tsfa:TSFA",
 }
 
 
