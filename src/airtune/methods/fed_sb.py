@@ -11,6 +11,7 @@ from airtune.compression.dense import Dense
 from airtune.methods.composed import Composed, FromParts
 from airtune.scheduling.bandwidth import BandwidthRule, EqualSplit
 from airtune.scheduling.planner import Separate
+from airtune.scheduling.power import FullPower, PowerRule
 from airtune.scheduling.sampling import everyone_or
 from airtune.types import Compressor, LocalTraining
 
@@ -41,13 +42,14 @@ class FedSB(FromParts):
     weights : p_k, "examples" or "uniform".
     seed : of A and B.
     cohort_size : clients drawn each round; None: everyone.
-    bandwidth, training, compressor : as for every method.
+    bandwidth, power, training, compressor : as for every method.
     """
 
     weights: Weights = "examples"
     seed: int = 0
     cohort_size: int | None = None
     bandwidth: BandwidthRule = field(default_factory=EqualSplit)
+    power: PowerRule = field(default_factory=FullPower)
     training: LocalTraining = field(default_factory=LocalTraining)
     compressor: Compressor = field(default_factory=Dense)
 
@@ -63,5 +65,5 @@ class FedSB(FromParts):
     @property
     def composed(self) -> Composed:
         """Return the parts that this method is made of."""
-        planner = Separate(everyone_or(self.cohort_size), bandwidth=self.bandwidth)
+        planner = Separate(everyone_or(self.cohort_size), bandwidth=self.bandwidth, power=self.power)
         return Composed(planner, SharedCore(self.weights, self.seed), self.compressor, self.training)

@@ -12,6 +12,7 @@ from airtune.compression.dense import Dense
 from airtune.methods.composed import Composed, FromParts
 from airtune.scheduling.bandwidth import BandwidthRule, EqualSplit
 from airtune.scheduling.planner import Separate
+from airtune.scheduling.power import FullPower, PowerRule
 from airtune.scheduling.sampling import everyone_or
 from airtune.types import Compressor, LocalTraining
 
@@ -42,7 +43,7 @@ class FFALoRA(FromParts):
     weights : p_k, "examples" or "uniform".
     seed : of A where `rows` is not "model".
     cohort_size : clients drawn each round; None: everyone.
-    bandwidth, training, compressor : as for every method.
+    bandwidth, power, training, compressor : as for every method.
     """
 
     rows: Rows = "model"
@@ -50,6 +51,7 @@ class FFALoRA(FromParts):
     seed: int = 0
     cohort_size: int | None = None
     bandwidth: BandwidthRule = field(default_factory=EqualSplit)
+    power: PowerRule = field(default_factory=FullPower)
     training: LocalTraining = field(default_factory=LocalTraining)
     compressor: Compressor = field(default_factory=Dense)
 
@@ -65,7 +67,7 @@ class FFALoRA(FromParts):
     @property
     def composed(self) -> Composed:
         """Return the parts that this method is made of."""
-        planner = Separate(everyone_or(self.cohort_size), bandwidth=self.bandwidth)
+        planner = Separate(everyone_or(self.cohort_size), bandwidth=self.bandwidth, power=self.power)
         return Composed(
             planner, FrozenA(self.weights, start=first_rows(self.rows, self.seed)), self.compressor, self.training
         )

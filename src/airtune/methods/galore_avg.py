@@ -12,6 +12,7 @@ from airtune.compression.dense import Dense
 from airtune.methods.composed import Composed, FromParts
 from airtune.scheduling.bandwidth import BandwidthRule, EqualSplit
 from airtune.scheduling.planner import Separate
+from airtune.scheduling.power import FullPower, PowerRule
 from airtune.scheduling.sampling import everyone_or
 from airtune.scheduling.slicing import everything_or_ranks
 from airtune.types import Compressor, LocalTraining
@@ -50,7 +51,7 @@ class GaLoreAverage(FromParts):
     lowest_rank, highest_rank : ranks of the fleet's smallest and largest device (`RankByMemory`); None: every client
         has the adapter's rank.
     cohort_size : clients drawn each round; None: everyone.
-    bandwidth, training, compressor : as for every method.
+    bandwidth, power, training, compressor : as for every method.
     """
 
     weights: Weights = "examples"
@@ -59,6 +60,7 @@ class GaLoreAverage(FromParts):
     highest_rank: int | None = None
     cohort_size: int | None = None
     bandwidth: BandwidthRule = field(default_factory=EqualSplit)
+    power: PowerRule = field(default_factory=FullPower)
     training: LocalTraining = field(default_factory=LocalTraining)
     compressor: Compressor = field(default_factory=Dense)
 
@@ -74,9 +76,8 @@ class GaLoreAverage(FromParts):
     @property
     def composed(self) -> Composed:
         """Return the parts that this method is made of."""
-        planner = Separate(
-            everyone_or(self.cohort_size), everything_or_ranks(self.lowest_rank, self.highest_rank), self.bandwidth
-        )
+        slicer = everything_or_ranks(self.lowest_rank, self.highest_rank)
+        planner = Separate(everyone_or(self.cohort_size), slicer, self.bandwidth, self.power)
         return Composed(
             planner, MergeAndRedraw("B", self.weights, Redraw("orthonormal", self.seed)), self.compressor, self.training
         )

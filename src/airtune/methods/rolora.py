@@ -15,6 +15,7 @@ from airtune.lora import Factor
 from airtune.methods.composed import Composed
 from airtune.scheduling.bandwidth import BandwidthRule, EqualSplit
 from airtune.scheduling.planner import Separate
+from airtune.scheduling.power import FullPower, PowerRule
 from airtune.scheduling.sampling import everyone_or
 from airtune.types import (
     ClientTask,
@@ -63,12 +64,13 @@ class RoLoRA:
     ----------
     weights : p_k, "examples" or "uniform".
     cohort_size : clients drawn each round; None: everyone.
-    bandwidth, training, compressor : as for every method.
+    bandwidth, power, training, compressor : as for every method.
     """
 
     weights: Weights = "examples"
     cohort_size: int | None = None
     bandwidth: BandwidthRule = field(default_factory=EqualSplit)
+    power: PowerRule = field(default_factory=FullPower)
     training: LocalTraining = field(default_factory=LocalTraining)
     compressor: Compressor = field(default_factory=Dense)
 
@@ -84,7 +86,7 @@ class RoLoRA:
     @property
     def composed(self) -> Composed:
         """Return the parts that this method is made of."""
-        planner = Separate(everyone_or(self.cohort_size), bandwidth=self.bandwidth)
+        planner = Separate(everyone_or(self.cohort_size), bandwidth=self.bandwidth, power=self.power)
         return Composed(planner, Alternating(self.weights), self.compressor, self.training)
 
     def init(self, model: ServerModel, fleet: Fleet) -> Received:
