@@ -187,17 +187,18 @@ def weight(model: ServerModel, module: str) -> torch.Tensor:
 @each_world
 @each_row
 def test_what_no_client_sends_does_not_change(row: Row, world: SyntheticWorld) -> None:
-    if row.name == "legend" and row.method.variant == "C":
-        pytest.skip("variant C empties the components that the round left out, on purpose: tested in test_legend.py")
     progress = progress_of(row, world, 1)
     outcome = outcome_of(row, world, progress)
     model, _ = row.method.aggregate(progress.state, progress.model, outcome)
+    changed = 0
     for name, before in progress.model.adapter.factors.items():
         sent = {int(i) for u in outcome.updates for i in u.task.send.components.get(name, ())}
         rest = [i for i in range(before.rank) if i not in sent]
         if not model.base_update:
-            assert torch.equal(model.adapter.factors[name].A[rest], before.A[rest])
-            assert torch.equal(model.adapter.factors[name].B[:, rest], before.B[:, rest])
+            after = model.adapter.factors[name]
+            changed += not torch.equal(after.A[rest], before.A[rest])
+            changed += not torch.equal(after.B[:, rest], before.B[:, rest])
+    assert changed == 0 or "unsent" in row.exceptions
 
 
 @each_world
