@@ -315,6 +315,42 @@ def test_an_interruption_is_exit_code_130_and_says_how_to_go_on(file: Path, tmp_
     assert [line["round"] for line in lines_of(out)] == list(range(last + 2))
 
 
+def test_an_interrupted_comparison_names_the_run_that_can_go_on(
+    file: Path, tmp_path: Path, airtune: Airtune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from airtune.experiment import build
+
+    calls: list[int] = []
+
+    def evaluate(*_: object, **__: object) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 5:  # two rounds and round 0 of the first run, then round 1 of the second
+            raise KeyboardInterrupt
+        return {"accuracy": 0.5, "loss": 0.7}
+
+    monkeypatch.setattr(build, "evaluate", evaluate)
+    done = airtune("compare", file, "--methods", "fedit,slow", "--out", tmp_path / "out")
+    assert done.code == 130
+    last = tmp_path / "out" / "runs" / "slow-0"
+    assert done.err.splitlines()[-1] == f"airtune: interrupted; to go on: airtune run --resume {last}"
+
+
+def test_without_plotly_a_run_is_done_all_the_same(
+    file: Path, tmp_path: Path, airtune: Airtune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from airtune.report import html
+
+    def absent() -> str:
+        raise InputError("report: plotly is not installed; valid: pip install 'airtune[plots]'")
+
+    monkeypatch.setattr(html, "plotly_script", absent)
+    done = airtune("run", file, "--out", tmp_path / "run")
+    assert done.code == 0
+    assert "no page: report: plotly is not installed" in done.err
+    assert head_of(tmp_path / "run")["status"] == "done"
+    assert airtune("report", tmp_path / "run").code == 2
+
+
 # ------------------------------------------------------------------------------------------------------------- imports
 
 

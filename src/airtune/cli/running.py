@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +14,7 @@ from airtune.cli.files import experiment_file
 from airtune.cli.progress import Display, say
 from airtune.errors import InputError, NoResultError
 from airtune.experiment.config import ExperimentFile
+from airtune.experiment.store import RunStore, make_output_folder
 from airtune.experiment.sweep import parse_settings
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ def run(arguments: Arguments) -> int:
         head, folder = _start(arguments)
     from airtune.report.page import write_run_report
 
-    page = write_run_report(folder)
+    page = _page(lambda: write_run_report(folder))
     final = head["final"]
     metric = f"{head['metric']} {final[head['metric']]:.3f}, " if final.get(head["metric"]) is not None else ""
-    say(f"done: {metric}{final['time_s']:.1f} fleet seconds, {final['energy_j']:.1f} J; {page}")
+    say(f"done: {metric}{final['time_s']:.1f} fleet seconds, {final['energy_j']:.1f} J; {page or folder}")
     if arguments.json:
         print(json.dumps(head))
     return 0
@@ -48,6 +49,7 @@ def _start(arguments: Arguments) -> tuple[Mapping[str, Any], Path]:
     experiment = experiment_file(arguments).experiment(arguments.method)
     default = Path("runs") / f"{experiment.name}-{experiment.label}-{experiment.seed}"
     folder = Path(arguments.out) if arguments.out else default
+    make_output_folder(folder)  # before torch is imported, which takes seconds
     from airtune.experiment.build import Workshop
     from airtune.experiment.run import Session, start
 
@@ -63,6 +65,7 @@ def _resume(arguments: Arguments) -> tuple[Mapping[str, Any], Path]:
         raise InputError(f"--resume: takes no {what}, the run keeps its configuration; valid: --stop.FIELD VALUE")
     limits = {name.removeprefix("stop."): value for name, value in arguments.overrides.items()}
     folder = Path(arguments.resume)
+    RunStore(folder).read_head()
     from airtune.experiment.build import Workshop
     from airtune.experiment.run import Session, resume
 
@@ -70,16 +73,32 @@ def _resume(arguments: Arguments) -> tuple[Mapping[str, Any], Path]:
         return resume(folder, limits, Session(Workshop(), display, arguments.line)), folder
 
 
+def _page(write: Callable[[], Path]) -> Path | None:
+    """Write a page; where that is impossible (plotly is not installed) say so: the run itself is done."""
+    try:
+        return write()
+    except InputError as error:
+        say(f"no page: {error}")
+        return None
+
+
 @contextlib.contextmanager
 def _resumable(folder: Path) -> Generator[None]:
-    """Add to an interruption how to go on."""
+    """Add to an interruption how to go on; `folder` is that of a run or of a comparison."""
     try:
         yield
     except KeyboardInterrupt:
-        if (folder / "run.json").is_file():
-            hint = f"to go on: airtune run --resume {shlex.quote(str(folder))}"
-            raise KeyboardInterrupt(hint) from None
+        for path in (folder, *sorted((folder / "runs").glob("*")), *sorted((folder / "tune").glob("*"))):
+            if _is_interrupted(path):
+                raise KeyboardInterrupt(f"to go on: airtune run --resume {shlex.quote(str(path))}") from None
         raise
+
+
+def _is_interrupted(folder: Path) -> bool:
+    try:
+        return RunStore(folder).read_head()["status"] == "interrupted"
+    except InputError:
+        return False
 
 
 @contextlib.contextmanager
@@ -111,7 +130,7 @@ def compare(arguments: Arguments) -> int:
         out=Path(arguments.out) if arguments.out else Path("runs") / f"{file.name}-compare",
     )
     target = _target(arguments, file)
-    with _display() as display:
+    with _resumable(comparison.out), _display() as display:
         compared = run_all(comparison, Session(Workshop(), display))
     _write_comparison(compared, comparison, target, print_json=arguments.json)
     for folder, reason in compared.failed.items():
@@ -132,12 +151,12 @@ def _write_comparison(compared: Compared, comparison: Comparison, target: float 
         raise NoResultError(f"{comparison.out}: nothing to compare: {error}") from error
     stored = cast("CompareSummary", {**summary, "tuned": compared.tuned} if compared.tuned else summary)
     write_compare_files(comparison.out, stored)
-    page = write_compare_report(comparison.out, runs, summary)
+    page = _page(lambda: write_compare_report(comparison.out, runs, summary))
     with _display() as display:
         display.screen.print(render_table(summary))
     for method, values in compared.tuned.items():
         say(f"tuned: {method}: " + ", ".join(f"{name} = {value}" for name, value in values.items()))
-    say(f"done: {page}")
+    say(f"done: {page or comparison.out}")
     if print_json:
         print(json.dumps(stored))
 
