@@ -173,7 +173,7 @@ def distance(one: ServerModel, other: ServerModel) -> float:
     largest = 0.0
     for module in other.adapter.placement:
         a, b = weight(one, module), weight(other, module)
-        largest = max(largest, float((a - b).norm() / b.norm()))
+        largest = max(largest, float((a - b).norm() / b.norm().clamp_min(1e-9)))
     for name, extra in other.adapter.extras.items():
         largest = max(largest, float((one.adapter.extras[name] - extra).norm() / extra.norm()))
     return largest

@@ -26,7 +26,8 @@ class ResidualMerge:
     """FedEx-LoRA's rule (arXiv 2410.09432): factors are averaged, what the average leaves out goes into the base.
 
     The adapter becomes (mean of A, mean of B) and goes on training; the residual ``sum_k p_k s_k B_k A_k - s B A`` is
-    merged. It is sent as stacked factors, of rank (K - 1) r for equal ranks (the authors send it dense).
+    merged. It is sent as stacked factors, of rank (K - 1) r for equal ranks (the authors send it dense). A stale update
+    counts with the product that it sent; what was merged since it started stays merged [choice].
 
     Parameters
     ----------
