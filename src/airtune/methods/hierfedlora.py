@@ -14,9 +14,10 @@ from airtune.errors import InputError, unknown_name
 from airtune.lora import AdapterShape
 from airtune.scheduling.bandwidth import BandwidthRule, EqualSplit
 from airtune.scheduling.capacity import Capacity, CapacityEstimator, Speeds, assumed_speeds
-from airtune.scheduling.frequency import FrequencyChoice, FrequencyProblem, choose_frequencies
+from airtune.scheduling.frequency import FrequencyChoice, FrequencyProblem, choose_frequencies, deepest_once
 from airtune.scheduling.grouping import GroupingProblem, divergence, near_iid_groups
 from airtune.scheduling.planner import able_clients, make_tasks, share_band
+from airtune.scheduling.power import FullPower, PowerRule
 from airtune.scheduling.sampling import everyone_or
 from airtune.scheduling.slicing import depth_slices
 from airtune.scheduling.work import LocalWork, Slices
@@ -120,7 +121,7 @@ class HierFedLoRA:
         bias towards groups that aggregate often.
     smoothing, outlier_factor : of the capacity estimates.
     cohort_size : clients drawn each round; None: everyone.
-    bandwidth, training, compressor : as for every method.
+    bandwidth, power, training, compressor : as for every method.
     """
 
     groups: int = 8
@@ -138,6 +139,7 @@ class HierFedLoRA:
     outlier_factor: float = 2.0
     cohort_size: int | None = None
     bandwidth: BandwidthRule = field(default_factory=EqualSplit)
+    power: PowerRule = field(default_factory=FullPower)
     training: LocalTraining = field(default_factory=LocalTraining)
     compressor: Compressor = field(default_factory=Dense)
 
@@ -322,7 +324,7 @@ class HierFedLoRA:
     def _choose(self, state: GroupingState, problem: FrequencyProblem) -> FrequencyChoice:
         """Return the joint choice; before Q is known, the least frequency at full depth."""
         if np.isnan(state.energy).any():
-            return _deepest(problem)
+            return deepest_once(problem)
         free = choose_frequencies(problem)
         return free if self.wait_tolerance is None else choose_frequencies(problem, self.wait_tolerance * free.deadline)
 
@@ -359,7 +361,7 @@ class HierFedLoRA:
                 replace(task, training=replace(task.training, local_steps=count))
                 for task, count in zip(tasks, steps, strict=True)
             ]
-        return share_band(tasks, seen, self.bandwidth)
+        return share_band(tasks, seen, self.bandwidth, self.power)
 
     def _groups(
         self, tasks: tuple[ClientTask, ...], cohort: _Cohort, present: Ints, choice: FrequencyChoice
@@ -386,13 +388,6 @@ def _energy_share(energy: Floats) -> Floats:
     """Return Q(d) for d = 1 .. layers; proportional to d while nothing has been measured."""
     known = np.ones(len(energy)) if np.isnan(energy).any() else energy
     return np.cumsum(known[::-1]) / max(float(known.sum()), 1e-300)
-
-
-def _deepest(problem: FrequencyProblem) -> FrequencyChoice:
-    groups = np.arange(len(problem.seconds))
-    depth = np.where(np.isfinite(problem.seconds[:, 0, :]), np.arange(problem.seconds.shape[2]), -1).max(axis=1)
-    seconds = problem.seconds[groups, 0, depth]
-    return FrequencyChoice(np.full(len(groups), problem.frequencies[0]), depth + 1, seconds, float(seconds.max()))
 
 
 def _depth(task: ClientTask, shape: AdapterShape) -> int:

@@ -26,6 +26,7 @@ from airtune.scheduling.depth import (
     rank_profile,
 )
 from airtune.scheduling.planner import able_clients, make_tasks, share_band
+from airtune.scheduling.power import FullPower, PowerRule
 from airtune.scheduling.sampling import everyone_or
 from airtune.scheduling.slicing import depth_slices
 from airtune.scheduling.work import LocalWork, Slices
@@ -113,7 +114,7 @@ class Legend:
     smoothing, outlier_factor : of the capacity estimates, see `CapacityEstimator`.
     upload_estimate : "measured": smoothed uploads; "channel": rate of this round's estimated link, equal shares.
     cohort_size : clients drawn each round; None: everyone.
-    bandwidth, training, compressor : as for every method.
+    bandwidth, power, training, compressor : as for every method.
     """
 
     reference_rank: int | None = None
@@ -136,6 +137,7 @@ class Legend:
     upload_estimate: Literal["measured", "channel"] = "measured"
     cohort_size: int | None = None
     bandwidth: BandwidthRule = field(default_factory=EqualSplit)
+    power: PowerRule = field(default_factory=FullPower)
     training: LocalTraining = field(default_factory=LocalTraining)
     compressor: Compressor = field(default_factory=Dense)
 
@@ -236,7 +238,7 @@ class Legend:
         slices = [option.slices[k] for k in choice.depth[part]]
         tasks = make_tasks(cohort.clients[part], slices, seen, work, cohort.probability[part].tolist())
         notes |= self._notes(option, choice, seen.shape)
-        return Plan((Group(share_band(tasks, seen, self.bandwidth)),), notes)
+        return Plan((Group(share_band(tasks, seen, self.bandwidth, self.power)),), notes)
 
     def learn(self, state: Capacity, outcome: RoundOutcome) -> Capacity:
         """Update the capacities from the reports."""

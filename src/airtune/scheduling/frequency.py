@@ -105,6 +105,14 @@ def choose_frequencies(problem: FrequencyProblem, wait_seconds: float | None = N
     return best
 
 
+def deepest_once(problem: FrequencyProblem) -> FrequencyChoice:
+    """Return the choice in which every group aggregates as seldom as allowed, at the greatest depth it can hold."""
+    groups = np.arange(len(problem.seconds))
+    depth = np.where(np.isfinite(problem.seconds[:, 0, :]), np.arange(problem.seconds.shape[2]), -1).max(axis=1)
+    seconds = problem.seconds[groups, 0, depth]
+    return FrequencyChoice(np.full(len(groups), problem.frequencies[0]), depth + 1, seconds, float(seconds.max()))
+
+
 def _choice(problem: FrequencyProblem, deadline: float) -> FrequencyChoice:
     frequency, depth = problem.within(deadline)
     groups = np.arange(len(frequency))
