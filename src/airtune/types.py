@@ -547,6 +547,7 @@ class Pending:
     memory : client -> its private tensors (error feedback, personal factors); never sent.
     reports : client -> latest report.
     round_starts : fleet seconds at which the rounds so far began (a planner with delayed channel knowledge needs them).
+    charge : [clients], J left in the devices' batteries; None on mains or before the first round.
     """
 
     in_flight: tuple[InFlight, ...] = ()
@@ -555,6 +556,7 @@ class Pending:
     memory: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict[int, "Mapping[str, Tensor]"])
     reports: Mapping[int, Mapping[str, float]] = field(default_factory=dict[int, Mapping[str, float]])
     round_starts: tuple[float, ...] = ()
+    charge: Floats | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------- protocols

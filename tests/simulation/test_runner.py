@@ -9,10 +9,15 @@ import pytest
 import torch
 
 from airtune.aggregation.mean import Mean
+from airtune.devices.availability import Bernoulli
+from airtune.devices.battery import Battery
 from airtune.lora import AdapterSlice
 from airtune.simulation.runner import SimulatedRunner
 from airtune.types import ClientTask, Cutoff, Group, Pending, Plan, RoundOutcome
+from airtune.wireless.channel import Channel
+from airtune.wireless.fading import NoFading
 from airtune.wireless.rate import achievable_rate
+from airtune.wireless.retransmission import Retransmission
 from small_world import AddOne, make_adapter, make_cell, make_model, make_runner, make_task
 
 
@@ -120,6 +125,37 @@ def test_a_client_that_vanishes_is_lost() -> None:
     assert {u.task.client for u in outcome.updates} == {0, 2}
 
 
+def test_a_transfer_that_is_given_up_is_lost_and_what_it_sent_is_charged() -> None:
+    hopeless = Retransmission(packet_bits=1000, error_probability=0.9, attempts=2)
+    retried = Retransmission(packet_bits=1000, error_probability=0.3, attempts=50)
+    task = make_task(2, make_adapter())
+    plain, _ = run_round(make_runner(make_cell(channel=Channel(fading=NoFading()))), [task])
+    lost, _ = run_round(make_runner(make_cell(channel=Channel(fading=NoFading(), retransmission=hopeless))), [task])
+    slow, _ = run_round(make_runner(make_cell(channel=Channel(fading=NoFading(), retransmission=retried))), [task])
+    assert [(part.task.client, part.reason) for part in lost.lost] == [(2, "transfer given up")]
+    assert lost.lost[0].cost.joules > 0 and np.isfinite(lost.end_time)
+    assert slow.updates[0].cost.upload_seconds > plain.updates[0].cost.upload_seconds
+    assert slow.updates[0].cost.uplink_bits > plain.updates[0].cost.uplink_bits
+    assert slow.joules > plain.joules
+
+
+def test_batteries_drain_charge_and_decide_who_is_idle() -> None:
+    unplugged = Bernoulli(probability=0.0)
+    battery = Battery(capacity=1000.0, emptiest=1.0, fullest=1.0, reserve=0.2)
+    cell = make_cell(battery=battery, charging=unplugged)
+    outcome, pending = run_round(make_runner(cell), [make_task(c, make_adapter()) for c in (0, 2)])
+    spent = {u.task.client: u.cost.joules for u in outcome.updates}
+    assert pending.charge is not None
+    np.testing.assert_allclose(pending.charge, [1000.0 - spent.get(c, 0.0) for c in range(4)])
+    weak = replace(pending, charge=np.array([150.0, 1000.0, 199.0, 201.0]))
+    assert cell.observe(2, 1.0, weak, make_model()).idle.tolist() == [1, 3]
+    _, plugged = run_round(make_runner(make_cell(battery=battery)), [], pending=weak, time=1.0)
+    assert plugged.charge is not None and np.all(plugged.charge >= weak.charge)
+    empty = replace(pending, charge=np.full(4, 1e-9))
+    flat, _ = run_round(make_runner(cell), [make_task(0, make_adapter())], pending=empty)
+    assert [(part.task.client, part.reason) for part in flat.lost] == [(0, "battery empty")]
+
+
 def test_a_diverged_client_is_named_and_charged() -> None:
     runner = make_runner(make_cell(), AddOne(diverging=frozenset({1})))
     outcome, _ = run_round(runner, [make_task(c, make_adapter()) for c in range(3)])
@@ -129,7 +165,7 @@ def test_a_diverged_client_is_named_and_charged() -> None:
 
 def test_cycles_of_a_group_run_one_after_another_and_all_count() -> None:
     trainer = AddOne()
-    cell = make_cell(channel=make_cell().channel.__class__(fading=_flat()))
+    cell = make_cell(channel=Channel(fading=NoFading()))
     tasks = tuple(make_task(c, make_adapter()) for c in range(2))
     once, _ = make_runner(cell).run(Plan((Group(tasks),)), make_model(), Pending(), round_index=1, time=0.0)
     plan = Plan((Group(tasks, cycles=3, combine=Mean()),))
@@ -152,9 +188,3 @@ def test_the_world_is_not_changed_by_who_takes_part() -> None:
     other = make_cell(seed=1)
     moved, _ = run_round(replace(runner, cell=other, seed=1), [make_task(2, make_adapter())])
     assert moved.updates[0].cost.upload_seconds != alone.updates[0].cost.upload_seconds
-
-
-def _flat() -> object:
-    from airtune.wireless.fading import NoFading
-
-    return NoFading()

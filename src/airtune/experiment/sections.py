@@ -8,19 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from airtune.devices.availability import Always, Availability
+from airtune.devices.battery import Battery
 from airtune.devices.profiles import DeviceProfile, load_profile
 from airtune.errors import InputError, unknown_name
 from airtune.experiment import kinds
-from airtune.experiment.schema import (
-    EMPTY,
-    Context,
-    Plain,
-    check_keys,
-    field_names,
-    name_of,
-    read_dataclass,
-    write_dataclass,
-)
+from airtune.experiment.hints import EMPTY, Context, Plain, field_names, name_of
+from airtune.experiment.schema import check_keys, read_dataclass, write_dataclass
 from airtune.types import LocalTraining
 from airtune.wireless.channel import Channel, RadioChannel
 from airtune.wireless.knowledge import ChannelKnowledge
@@ -40,6 +33,8 @@ class FleetConfig:
     mode_period : s, how often a device changes its power mode; "inf": it stays in its first one.
     idle_seconds : fleet seconds of a round in which nobody can take part.
     availability : when clients are there.
+    battery : of every device; a device below its reserve takes no task; "none": all on mains.
+    charging : when devices are plugged in (asked at the start of a round).
     """
 
     devices: Mapping[str, int] | tuple[str, ...]
@@ -47,6 +42,8 @@ class FleetConfig:
     mode_period: float = quantity("inf", "s")
     idle_seconds: float = quantity("1 s", "s")
     availability: Availability = field(default_factory=Always)
+    battery: Battery | None = None
+    charging: Availability = field(default_factory=Always)
 
     def __post_init__(self) -> None:
         """Check counts, names and ranges."""

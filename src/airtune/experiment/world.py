@@ -31,4 +31,6 @@ def cell_of(experiment: Experiment, costs: CostModel) -> Cell:
         availability=fleet.availability,
         downlink=wireless.options.downlink,
         idle_seconds=fleet.idle_seconds,
+        battery=fleet.battery,
+        charging=fleet.charging,
     )

@@ -11,14 +11,17 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from airtune.devices.availability import Always, Availability
+from airtune.devices.battery import Battery
 from airtune.errors import InputError, unknown_name
 from airtune.simulation.costs import CostModel
 from airtune.simulation.fleet import Modes
-from airtune.types import Fleet, Floats, Ints, LinkState, Observation, Pending, ServerModel
+from airtune.types import Fleet, Floats, Ints, LinkState, Observation, Pending, RoundOutcome, ServerModel
 from airtune.wireless.channel import Channel, RadioChannel
 from airtune.wireless.knowledge import ChannelKnowledge
+from airtune.wireless.retransmission import Transfer
 
 Downlink = Literal["broadcast", "unicast"]
 DOWNLINKS: tuple[Downlink, ...] = ("broadcast", "unicast")
@@ -40,6 +43,7 @@ class Cell:
     downlink : "broadcast": what a cohort receives is sent once, at the rate of its worst member; "unicast": each client
         gets its own copy in an equal share of the downlink band.
     idle_seconds : what a round without any participant costs, s.
+    battery : of each device; None: on mains. charging : when devices are plugged in, at the start of a round.
     """
 
     nominal: Fleet
@@ -51,6 +55,8 @@ class Cell:
     availability: Availability = field(default_factory=Always)
     downlink: Downlink = "broadcast"
     idle_seconds: float = 1.0
+    battery: Battery | None = None
+    charging: Availability = field(default_factory=Always)
 
     def __post_init__(self) -> None:
         """Check what the types cannot."""
@@ -72,7 +78,10 @@ class Cell:
         """Return what is known at the start of a round: estimated gains, current speeds, who is idle."""
         fleet = self.fleet_at(time)
         busy = np.array(sorted(flight.task.client for flight in pending.in_flight), dtype=np.int64)
-        there = np.flatnonzero(self.availability.available(self.seed, np.arange(fleet.size), time))
+        everyone = np.arange(fleet.size)
+        there = np.flatnonzero(
+            self.availability.available(self.seed, everyone, time) & self._charged_enough(everyone, pending)
+        )
         with_data = there[fleet.num_examples[there] > 0]
         occupied = sum(flight.task.bandwidth for flight in pending.in_flight)
         return Observation(
@@ -132,23 +141,50 @@ class Cell:
         band_share : part of the downlink band that this cohort has.
         """
         width = self.channel.downlink_bandwidth * band_share
-        shared = self._down(clients, start, np.full(len(clients), broadcast_bits), width)
-        common = float(shared.max(initial=0.0))
+        power = self.channel.base_station_power * band_share
+        common = self.channel.broadcast_seconds(self.seed, clients, start, broadcast_bits, width, power)
         if not unicast_bits.any():
             return np.full(len(clients), common)
-        return common + self._down(clients, start + common, unicast_bits, width / len(clients))
+        if not math.isfinite(common):
+            return np.full(len(clients), np.inf)
+        share = len(clients)
+        return common + self.channel.transfer_seconds(
+            self.seed, clients, start + common, unicast_bits, width / share, power / share, "downlink"
+        )
 
-    def _down(self, clients: Ints, start: float, bits: Ints, width: float) -> Floats:
-        if not bits.any():
-            return np.zeros(len(clients))
-        power = self.channel.base_station_power * width / self.channel.downlink_bandwidth
-        return self.channel.transfer_seconds(self.seed, clients, start, bits, width, power, "downlink")
+    def upload(self, clients: Ints, start: Floats, bits: Ints, bandwidth: Floats, power: Floats) -> Transfer:
+        """Return what becomes of the uploads [n] that begin at `start` [n] (infinite: the download never ended)."""
+        began = np.isfinite(start)
+        sent = self.channel.transfer(self.seed, clients, np.where(began, start, 0.0), bits, bandwidth, power, "uplink")
+        return Transfer(np.where(began, sent.seconds, np.inf), sent.delivered & began, sent.bits_on_air * began)
 
-    def upload_seconds(self, clients: Ints, start: Floats, bits: Ints, bandwidth: Floats, power: Floats) -> Floats:
-        """Return the seconds [n] of the uploads that begin at `start` [n]; infinite where there is no link."""
-        finite = np.where(np.isfinite(start), start, 0.0)
-        seconds = self.channel.transfer_seconds(self.seed, clients, finite, bits, bandwidth, power, "uplink")
-        return np.where(np.isfinite(start), seconds, np.inf)
+    # -- batteries ----------------------------------------------------------------------------------------------------
+
+    def charge(self, pending: Pending) -> Floats | None:
+        """Return the J left in each battery [clients]; None on mains."""
+        if self.battery is None:
+            return None
+        return (
+            self.battery.initial(self.seed, np.arange(self.nominal.size)) if pending.charge is None else pending.charge
+        )
+
+    def charge_after(self, pending: Pending, outcome: RoundOutcome) -> Floats | None:
+        """Return the J left in each battery [clients] after a round; None on mains."""
+        charge = self.charge(pending)
+        if self.battery is None or charge is None:
+            return None
+        used = np.zeros(self.nominal.size)
+        for part in (*outcome.updates, *outcome.lost):
+            used[part.task.client] += part.cost.joules
+        seconds = outcome.end_time - outcome.start_time
+        plugged = self.charging.available(self.seed, np.arange(self.nominal.size), outcome.start_time)
+        return self.battery.after(charge, used, seconds, plugged)
+
+    def _charged_enough(self, clients: Ints, pending: Pending) -> NDArray[np.bool_]:
+        charge = self.charge(pending)
+        if self.battery is None or charge is None:
+            return np.ones(len(clients), dtype=np.bool_)
+        return self.battery.allows(charge, 0.0)
 
     def stays(self, client: int, start: float, end: float) -> bool:
         """Return whether a client is there when its upload ends. A client that comes back in between has resumed."""

@@ -56,6 +56,14 @@ class _Flight:
 
 
 @dataclass(frozen=True)
+class _Leg:
+    """One cycle of one client: what it costs, and whether its upload was delivered."""
+
+    cost: TaskCost
+    delivered: bool
+
+
+@dataclass(frozen=True)
 class _Round:
     """What all tasks of a round share; `band_share` is the part of the downlink that each concurrent group gets."""
 
@@ -115,20 +123,26 @@ class SimulatedRunner:
             ),
             past_models=pending.models,
         )
-        return outcome, _next_pending(pending, outcome, kept, models, memory)
+        following = _next_pending(pending, outcome, kept, models, memory)
+        return outcome, replace(following, charge=self.cell.charge_after(pending, outcome))
 
     # -- times --------------------------------------------------------------------------------------------------------
 
     def _dispatch(self, group: Group, round_: _Round) -> Iterator[_Flight]:
         """Yield the flights of a group: every cycle but the last waits for the whole group."""
         start, spent = round_.time, {task.client: _NOTHING for task in group.tasks}
+        failed: set[int] = set()
         for number in range(group.cycles - 1):
             cycle = self._times(group.tasks, round_, start, first=number == 0)
-            start += max((_busy(cost) for cost in cycle.values()), default=0.0)
-            spent = {client: _plus(spent[client], cost) for client, cost in cycle.items()}
+            start += max((_busy(leg.cost) for leg in cycle.values()), default=0.0)
+            spent = {client: _plus(spent[client], leg.cost) for client, leg in cycle.items()}
+            failed |= {client for client, leg in cycle.items() if not leg.delivered}
         last = self._times(group.tasks, round_, start, first=group.cycles == 1)
         for task in group.tasks:
-            arrival = start + _busy(last[task.client])
+            leg = last[task.client]
+            arrival = start + _busy(leg.cost)
+            cost = _plus(spent[task.client], leg.cost)
+            delivered = leg.delivered and task.client not in failed
             yield _Flight(
                 task=task,
                 group=group,
@@ -136,13 +150,11 @@ class SimulatedRunner:
                 started_at=round_.time,
                 arrival_time=arrival,
                 round=round_.index,
-                cost=_plus(spent[task.client], last[task.client]),
-                lost_because=self._why_lost(task, round_.time, arrival),
+                cost=cost,
+                lost_because=self._why_lost(task, round_, arrival, cost, delivered=delivered),
             )
 
-    def _times(
-        self, tasks: Sequence[ClientTask], round_: _Round, start: float, *, first: bool
-    ) -> Mapping[int, TaskCost]:
+    def _times(self, tasks: Sequence[ClientTask], round_: _Round, start: float, *, first: bool) -> Mapping[int, _Leg]:
         """Return what one cycle that starts at `start` costs each client: seconds, bits, joules.
 
         first : whether it is the round's first cycle, in which missed merges are downloaded.
@@ -161,13 +173,15 @@ class SimulatedRunner:
         download = self.cell.download_seconds(clients, start, shared, down_bits, round_.band_share)
         compute = np.array([costs.compute_seconds(task) for task in tasks])
         up_bits = np.array([costs.uplink_bits(task) for task in tasks])
-        upload = self.cell.upload_seconds(clients, start + download + compute, up_bits, bandwidth, power)
-        joules = np.array([costs.compute_joules(task) for task in tasks])
-        joules += np.where(np.isfinite(upload), upload, 0.0) * power + download * costs.fleet.receive_power[clients]
-        columns = zip(tasks, download, compute, upload, up_bits, down_bits, joules, strict=True)
+        sent = self.cell.upload(clients, start + download + compute, up_bits, bandwidth, power)
+        on_air = np.where(np.isfinite(sent.seconds), sent.seconds, 0.0)
+        listening = np.where(np.isfinite(download), download, 0.0) * costs.fleet.receive_power[clients]
+        joules = np.array([costs.compute_joules(task) for task in tasks]) + on_air * power + listening
+        repeated = sent.bits_on_air.astype(np.int64)
+        columns = zip(tasks, download, compute, sent.seconds, repeated, down_bits, joules, sent.delivered, strict=True)
         return {
-            task.client: TaskCost(float(d), float(c), float(u), int(bits_up), int(bits_down), float(j))
-            for task, d, c, u, bits_up, bits_down, j in columns
+            task.client: _Leg(TaskCost(float(d), float(c), float(u), int(up), int(down), float(j)), bool(delivered))
+            for task, d, c, u, up, down, j, delivered in columns
         }
 
     def _broadcast_bits(self, tasks: Sequence[ClientTask], round_: _Round, *, first: bool) -> int:
@@ -178,10 +192,17 @@ class SimulatedRunner:
         missed = max((round_.missed_bits(task) for task in tasks), default=0) if first else 0
         return round_.costs.broadcast_bits(tasks) + missed
 
-    def _why_lost(self, task: ClientTask, start: float, arrival: float) -> str | None:
+    def _why_lost(
+        self, task: ClientTask, round_: _Round, arrival: float, cost: TaskCost, *, delivered: bool
+    ) -> str | None:
         if not math.isfinite(arrival):
             return "no link"
-        return None if self.cell.stays(task.client, start, arrival) else "vanished"
+        if not delivered:
+            return "transfer given up"
+        charge = self.cell.charge(round_.pending)
+        if charge is not None and cost.joules > charge[task.client]:
+            return "battery empty"
+        return None if self.cell.stays(task.client, round_.time, arrival) else "vanished"
 
     # -- learning -----------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from airtune.errors import unknown_name
+from airtune.wireless.retransmission import Transfer
 
 Array = NDArray[np.float64]
 Complex = NDArray[np.complex128]
@@ -73,6 +74,19 @@ class RadioChannel(Protocol):
         direction: Direction = "uplink",
     ) -> Array:
         """Return the seconds [n] that `bits` take from `start_times` on."""
+        ...
+
+    def transfer(
+        self,
+        seed: int,
+        clients: ArrayLike,
+        start_times: ArrayLike,
+        bits: ArrayLike,
+        bandwidth: ArrayLike,
+        power: ArrayLike,
+        direction: Direction = "uplink",
+    ) -> Transfer:
+        """Return what becomes of transfers, those that are given up included; arguments as in `transfer_seconds`."""
         ...
 
     def broadcast_seconds(

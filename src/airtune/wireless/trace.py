@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from airtune.errors import InputError, unknown_name
 from airtune.wireless.radio import Direction, check_direction
 from airtune.wireless.rate import achievable_rate
+from airtune.wireless.retransmission import Transfer
 from airtune.wireless.transfer import seconds_at
 from airtune.wireless.units import quantity
 
@@ -135,6 +136,21 @@ class TraceChannel:
     def coefficient(self, seed: int, clients: ArrayLike, time: ArrayLike, direction: Direction = "uplink") -> Complex:
         """Return ones [n]."""
         return np.ones(self._query(clients, time)[0].shape, dtype=np.complex128)
+
+    def transfer(
+        self,
+        seed: int,
+        clients: ArrayLike,
+        start_times: ArrayLike,
+        bits: ArrayLike,
+        bandwidth: ArrayLike,
+        power: ArrayLike,
+        direction: Direction = "uplink",
+    ) -> Transfer:
+        """Return the transfers; nothing is repeated, as a measured rate already holds what repetitions cost."""
+        seconds = self.transfer_seconds(seed, clients, start_times, bits, bandwidth, power, direction)
+        load = np.broadcast_to(np.asarray(bits, dtype=np.float64), seconds.shape)
+        return Transfer(seconds, np.isfinite(seconds), load)
 
     def transfer_seconds(
         self,
