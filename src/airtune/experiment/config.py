@@ -15,7 +15,9 @@ from typing import Any, cast
 
 from airtune.errors import InputError
 from airtune.experiment import kinds
-from airtune.experiment.schema import Context, Plain, check_keys, read, read_dataclass, write_dataclass
+from airtune.experiment.combinations import check_combination
+from airtune.experiment.hints import Context, Plain
+from airtune.experiment.schema import check_keys, read, read_dataclass, write_dataclass
 from airtune.experiment.sections import (
     Engine,
     Evaluation,
@@ -237,11 +239,13 @@ def _experiment(tables: Plain, label: str, name: str) -> Experiment:
     compressor = _compressor(tables.get("compressor"))
     method_name, method = _method(tables["method"], training, compressor)
     data, partition = _data(tables.get("data", {}))
+    model = read_dataclass(ModelConfig, tables.get("model", {}), "model")
+    check_combination(model, method, method_name)
     return Experiment(
         name=name,
         label=label,
         seed=_seed(tables.get("seed", 0)),
-        model=read_dataclass(ModelConfig, tables.get("model", {}), "model"),
+        model=model,
         data=data,
         partition=partition,
         fleet=read_dataclass(FleetConfig, tables.get("fleet", {}), "fleet"),

@@ -9,10 +9,12 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from airtune.errors import InputError
 from airtune.lora import LoraFactors
+from airtune.training.dora import RowGain, ScaledRows, scale_base
 
 
 class SeededDropout(nn.Module):
@@ -45,8 +47,13 @@ def inject_layers(network: nn.Module, modules: Sequence[str]) -> dict[str, LoraL
     return cast(dict[str, LoraLinear], layers)
 
 
-def install_parts(layer: LoraLinear, parts: Sequence[tuple[LoraFactors, nn.Module | None]]) -> None:
-    """Give a PEFT layer exactly these parts, one PEFT adapter each, replacing all that it had."""
+def install_parts(
+    layer: LoraLinear, parts: Sequence[tuple[LoraFactors, nn.Module | None]], gain: RowGain | None = None
+) -> None:
+    """Give a PEFT layer exactly these parts, one PEFT adapter each, replacing all that it had.
+
+    gain : of the base weight's rows, and of the part whose factors it was made with (DoRA).
+    """
     state: Any = layer
     for kept in (state.lora_A, state.lora_B, state.lora_dropout, state.scaling, state.r, state.lora_alpha):
         kept.clear()
@@ -55,7 +62,8 @@ def install_parts(layer: LoraLinear, parts: Sequence[tuple[LoraFactors, nn.Modul
     names = [f"part{index}" for index in range(len(parts))]
     for name, (factors, dropout) in zip(names, parts, strict=True):
         state.lora_A[name] = _linear(factors.A) if factors.core is None else _Cored(factors.A, factors.core)
-        state.lora_B[name] = _linear(factors.B)
+        scaled = gain is not None and gain.factors is not None and factors.B is gain.factors.B
+        state.lora_B[name] = ScaledRows(_linear(factors.B), gain) if gain and scaled else _linear(factors.B)
         state.lora_dropout[name] = nn.Identity() if dropout is None else dropout
         state.scaling[name] = factors.scaling
         state.r[name] = factors.rank
@@ -65,6 +73,12 @@ def install_parts(layer: LoraLinear, parts: Sequence[tuple[LoraFactors, nn.Modul
     layer.set_adapter(names, inference_mode=True)  # activates the parts, but also switches all gradients off
     for parameter in trained:
         parameter.requires_grad_(True)
+
+
+def hook_gain(layer: LoraLinear, gain: RowGain) -> RemovableHandle:
+    """Let a layer's base compute ``diag(rho) W0 x + bias`` until the handle is removed."""
+    base: Any = layer.base_layer
+    return base.register_forward_hook(lambda module, _, output: scale_base(gain, module, output))
 
 
 class _Cored(nn.Module):

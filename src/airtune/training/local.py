@@ -105,7 +105,7 @@ class LocalTrainer:
         with _base_dropout(self.model, training.base_dropout, torch_seed(self.seed, "base-dropout", *where)):
             progress = self._steps(active, training, self.batches(job))
         reports = {**progress.reports(), **before, **_tail_norms(tails, active, "after")}
-        return Trained(active.start if progress.diverged else active.values(), reports)
+        return Trained(task.train.take(job.model.adapter) if progress.diverged else active.values(), reports)
 
     def _steps(self, active: ActiveAdapter, training: LocalTraining, batches: Sequence[Indices]) -> _Progress:
         optimizer = make_optimizer(active, training)

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from airtune.lora import Adapter, AdapterShape, AdapterSlice, DenseUpdate, Indices, LoraFactors, MergedUpdate
 from airtune.streams import torch_seed
+from airtune.training.dora import RowGain, decomposed
 from airtune.training.hardware import BASE_TYPE, Precision, checked_device, checked_precision
-from airtune.training.layers import head_parameters, inject_layers, install_parts, set_parameter
-from airtune.training.shapes import ModelConfig, adapter_shape
+from airtune.training.layers import head_parameters, hook_gain, inject_layers, install_parts, set_parameter
+from airtune.training.shapes import ModelConfig, adapter_shape, gain_name, is_gain
 from airtune.types import ServerModel
 
 NOTHING = AdapterSlice({}, outside="frozen", extras=False)
@@ -34,20 +37,34 @@ class ActiveAdapter:
     ----------
     slice : the `train` slice.
     adapter : the trained sub-adapter; its tensors are leaves of the network, those that are trained require gradients.
+        With DoRA its B are those of the decomposed weight, and its extras hold magnitudes in place of gains.
     start : the same values before training, apart from the network.
+    gains : name of the extra tensor -> the gains of one layer's rows (DoRA).
     """
 
     slice: AdapterSlice
     adapter: Adapter
     start: Adapter
+    gains: Mapping[str, RowGain] = field(default_factory=dict[str, RowGain])
 
     def trained(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield (owner, kind, tensor) of everything that requires gradients, in a fixed order."""
-        return self.slice.payload(self.adapter)
+        for owner, kind, tensor in self.slice.payload(self.adapter):
+            if owner not in self.gains:
+                yield owner, kind, tensor
+            elif self.gains[owner].factors is not None:
+                yield owner, "magnitude", tensor
 
     def values(self) -> Adapter:
-        """Return the present values, detached and on the CPU."""
-        return _map_tensors(self.adapter, lambda tensor: tensor.detach().cpu().clone())
+        """Return the present values as the federation knows them, detached and on the CPU."""
+        factors, extras = dict(self.adapter.factors), dict(self.adapter.extras)
+        with torch.no_grad():
+            for name, gain in self.gains.items():
+                if name in extras and gain.factors is not None:
+                    extras[name] = gain.compute()
+                    factors[gain.slot] = replace(gain.factors, B=gain.factors.B * extras[name][:, None])
+        values = replace(self.adapter, factors=factors, extras=extras)
+        return _map_tensors(values, lambda tensor: tensor.detach().cpu().clone())
 
 
 class FederatedModel:
@@ -96,8 +113,9 @@ class FederatedModel:
         self._pretrained_extras = {
             name: network.get_parameter(name).detach().to("cpu", self.dtype, copy=True)
             for name in self.shape.extras
-            if name not in fresh
+            if name not in fresh and not is_gain(name)
         }
+        self._hooks: list[RemovableHandle] = []
         self.network.requires_grad_(False).eval().to(device=self.device, dtype=BASE_TYPE[precision])
         if precision == "bf16" and self.device.type == "cpu":
             self.network.set_attn_implementation("eager")  # torch's fused attention is slow backwards in bf16 on a CPU
@@ -138,6 +156,8 @@ class FederatedModel:
         if name in self._pretrained_extras:
             return self._pretrained_extras[name].clone()
         values = torch.zeros(self.shape.extras[name], dtype=self.dtype)
+        if is_gain(name):
+            return values + 1.0
         if name.endswith(".bias"):
             return values
         spread = float(self.config_json.get("initializer_range") or 0.02)
@@ -168,21 +188,47 @@ class FederatedModel:
         ValueError : the adapter does not fit the network, or has tensors that plain LoRA layers cannot carry.
         """
         self._check_adapter(model)
-        start = _map_tensors(train.take(model.adapter), lambda tensor: tensor.detach().cpu().clone())
-        trained = _map_tensors(start, self._leaf)
+        trained, gains = self._decomposed(_map_tensors(train.take(model.adapter), self._leaf), model.adapter, train)
+        start = _map_tensors(trained, lambda tensor: tensor.detach().cpu().clone())
         for owner, kind, tensor in trained.tensors():
             wanted = train.extras if kind == "extra" else kind == "core" or kind in train.tensors
-            tensor.requires_grad_(wanted and (kind == "extra" or train.kept(owner) > 0))
+            fixed = owner in gains and gains[owner].factors is None
+            tensor.requires_grad_(wanted and not fixed and (kind == "extra" or train.kept(owner) > 0))
         frozen = _map_tensors(_held_only(model.adapter, train, receive), self._leaf)
         merged = {module: _map_factors(as_factors(update), self._leaf) for module, update in model.base_update.items()}
         for module, layer in self._layers.items():
             parts = [(trained.factors[slot], dropout) for slot in trained.placement.get(module, ())]
             parts += [(frozen.factors[slot], None) for slot in frozen.placement.get(module, ())]
             parts += [(merged[module], None)] if module in merged else []
-            install_parts(layer, parts)
+            install_parts(layer, parts, gains.get(gain_name(module)))
+        self._hook(gains)
         for name, value in model.adapter.extras.items():
-            set_parameter(self.network, name, trained.extras[name] if train.extras else self._leaf(value))
-        return ActiveAdapter(train, trained, start)
+            if not is_gain(name):
+                set_parameter(self.network, name, trained.extras[name] if train.extras else self._leaf(value))
+        return ActiveAdapter(train, trained, start, gains)
+
+    def _decomposed(self, trained: Adapter, whole: Adapter, train: AdapterSlice) -> tuple[Adapter, dict[str, RowGain]]:
+        """Return the client's adapter with DoRA's decomposition where it trains B, and the gains of every layer."""
+        if self.config.adapter != "dora":
+            return trained, {}
+        factors, extras, gains = dict(trained.factors), dict(trained.extras), dict[str, RowGain]()
+        for module, layer in self._layers.items():
+            name = gain_name(module)
+            weight, received = _weight(layer), self._leaf(whole.extras[name])
+            inner, magnitude = None, received
+            if name in extras and module in factors and "B" in train.tensors:
+                found, magnitude = decomposed(weight, factors[module], received)
+                inner, magnitude = _map_factors(found, self._leaf), self._leaf(magnitude)
+                factors[module] = inner
+            if name in extras:
+                extras[name] = magnitude
+            gains[name] = RowGain(module, weight, inner, magnitude, received)
+        return replace(trained, factors=factors, extras=extras), gains
+
+    def _hook(self, gains: Mapping[str, RowGain]) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._hooks += [hook_gain(self._layers[gain.slot], gain) for gain in gains.values()]
 
     def show(self, model: ServerModel) -> None:
         """Put the server's whole model onto the base, frozen, for evaluation."""
@@ -202,6 +248,10 @@ class FederatedModel:
             output = self.network(input_ids=input_ids, attention_mask=attention_mask)
         return cast(Tensor, output.logits).to(self.dtype)
 
+    def base_weight(self, module: str) -> Tensor:
+        """Return the frozen weight of an adapted module as [out, in], on the CPU, in the adapter's precision."""
+        return _weight(self._layers[module]).detach().to("cpu", self.dtype)
+
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
@@ -220,7 +270,7 @@ class FederatedModel:
         if missing := head - set(self.shape.extras):
             raise ValueError(f"the head has tensors that the adapter does not carry: {sorted(missing)}")
         for name, size in self.shape.extras.items():
-            if tuple(self.network.get_parameter(name).shape) != size:
+            if not is_gain(name) and tuple(self.network.get_parameter(name).shape) != size:
                 raise ValueError(f"{name} has not the size {size} that config.json promised")
 
     def _check_adapter(self, model: ServerModel) -> None:
@@ -239,6 +289,12 @@ class FederatedModel:
 
 
 # ------------------------------------------------------------------------------------------------------------- adapters
+
+
+def _weight(layer: LoraLinear) -> Tensor:
+    """Return the base weight of a layer as [out, in]."""
+    weight = cast(Tensor, layer.base_layer.weight)
+    return weight.T if layer.fan_in_fan_out else weight
 
 
 def _held_only(adapter: Adapter, train: AdapterSlice, receive: AdapterSlice | None) -> Adapter:

@@ -14,7 +14,9 @@ from airtune.errors import InputError, unknown_name
 from airtune.lora import AdapterShape, SlotShape, lora_scaling
 
 Task = Literal["sequence-classification", "causal-lm"]
+AdapterKind = Literal["lora", "rslora", "dora"]
 TASKS: tuple[Task, ...] = ("sequence-classification", "causal-lm")
+ADAPTER_KINDS: tuple[AdapterKind, ...] = ("lora", "rslora", "dora")
 ConfigJson = Mapping[str, Any]
 Sizes = dict[str, tuple[int, int]]
 
@@ -29,15 +31,18 @@ class ModelConfig:
     task : "sequence-classification" or "causal-lm".
     target_modules : ends of the names of the linear layers that are adapted (``("query", "value")``), or
         ``("all-linear",)``. Empty: the usual choice for the family, its query and value projections.
+    adapter : "lora"; "rslora": the scaling is alpha / sqrt(rank) (arXiv 2312.03732); "dora": the norms of the weights'
+        rows are trained, too (arXiv 2402.09353, `airtune.training.dora`).
     rank : number of components of each slot, unless a method wants another profile.
     alpha : the scaling is alpha / rank.
-    rank_stabilized : alpha / sqrt(rank) instead.
+    rank_stabilized : alpha / sqrt(rank) instead, for any kind of adapter.
     train_pooler : whether BERT's pooler is trained, sent and counted with the head; by default it stays frozen.
     """
 
     name: str = "minilm"
     task: Task = "sequence-classification"
     target_modules: tuple[str, ...] = ()
+    adapter: AdapterKind = "lora"
     rank: int = 8
     alpha: float = 16.0
     rank_stabilized: bool = False
@@ -52,6 +57,8 @@ class ModelConfig:
         """
         if self.task not in TASKS:
             raise unknown_name("model.task", self.task, TASKS)
+        if self.adapter not in ADAPTER_KINDS:
+            raise unknown_name("model.adapter", self.adapter, ADAPTER_KINDS)
         if self.rank < 1:
             raise InputError(f"model.rank: {self.rank} is no rank; valid: 1 or more")
         if not self.alpha > 0:
@@ -60,7 +67,8 @@ class ModelConfig:
     @property
     def scaling(self) -> float:
         """Return the one scaling of every slot, whatever the slot's own rank."""
-        return lora_scaling(self.alpha, self.rank, rank_stabilized=self.rank_stabilized)
+        stabilized = self.rank_stabilized or self.adapter == "rslora"
+        return lora_scaling(self.alpha, self.rank, rank_stabilized=stabilized)
 
 
 @dataclass(frozen=True)
@@ -248,13 +256,29 @@ def adapter_shape(
     if unknown:
         raise unknown_name("ranks", min(unknown), [layer.name for layer in targets])
     slots = {layer.name: _slot(layer, (ranks or {}).get(layer.name, model.rank), model) for layer in targets}
-    return AdapterShape(slots, _extras(config_json, model, num_labels), _number(config_json, family.depth))
+    extras = _head(config_json, model, num_labels)
+    if model.adapter == "dora":
+        extras |= {gain_name(name): (slot.out_features,) for name, slot in slots.items()}
+    return AdapterShape(slots, extras, _number(config_json, family.depth))
+
+
+_GAIN = ".gain"
+
+
+def gain_name(module: str) -> str:
+    """Return the name of the extra tensor that holds the gains of a module's rows (DoRA)."""
+    return module + _GAIN
+
+
+def is_gain(name: str) -> bool:
+    """Return whether an extra tensor holds gains; the others are the head's."""
+    return name.endswith(_GAIN)
 
 
 def saved_modules(config_json: ConfigJson, extras: Collection[str]) -> tuple[str, ...]:
-    """Return the modules that hold these extras, as PEFT's `modules_to_save` names them."""
+    """Return the modules of the head that hold these extras, as PEFT's `modules_to_save` names them."""
     pooler = _family(config_json).pooler
-    inside = {name.rpartition(".")[0] for name in extras}
+    inside = {name.rpartition(".")[0] for name in extras if not is_gain(name)}
     return tuple(sorted({name if name == pooler else name.partition(".")[0] for name in inside}))
 
 
@@ -289,7 +313,7 @@ def _slot(layer: LinearLayer, rank: int, model: ModelConfig) -> SlotShape:
     return SlotShape(rank, layer.in_features, layer.out_features, layer.layer, (layer.name,), model.scaling)
 
 
-def _extras(config_json: ConfigJson, model: ModelConfig, num_labels: int | None) -> dict[str, tuple[int, ...]]:
+def _head(config_json: ConfigJson, model: ModelConfig, num_labels: int | None) -> dict[str, tuple[int, ...]]:
     family = _family(config_json)
     if model.train_pooler and (family.pooler is None or model.task == "causal-lm"):
         raise InputError(

@@ -38,6 +38,10 @@ class GaLoreStep:
         ------
         InputError : both factors of a slot are trained, or the frozen one has no orthonormal columns.
         """
+        if self.active.gains:
+            raise InputError(
+                "training.optimizer: galore descends the weight itself, dora its parts; valid: model.adapter lora"
+            )
         groups: list[dict[str, Any]] = []
         self.scales: list[tuple[Tensor, float]] = []
         for slot, factors in self.active.adapter.factors.items():

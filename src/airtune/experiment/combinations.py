@@ -1,0 +1,46 @@
+"""What cannot be combined with a method: kinds of adapters and optimizers that need another factor to be trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from airtune.aggregation.declaring import exchange_of
+from airtune.errors import InputError
+from airtune.lora import BOTH, Factor
+from airtune.optimizers import GaLore
+from airtune.training.shapes import ModelConfig
+
+
+def trained_factors(method: Any) -> tuple[frozenset[Factor], ...] | None:
+    """Return which factors clients train in an odd and in an even round; None if the method does not say."""
+    parts = getattr(method, "composed", method)
+    aggregator = getattr(parts, "aggregator", None)
+    return None if aggregator is None else tuple(exchange_of(aggregator, index).train for index in (1, 2))
+
+
+def check_combination(model: ModelConfig, method: Any, name: str) -> None:
+    """Refuse what a method cannot carry, before anything is loaded.
+
+    Raises
+    ------
+    InputError : DoRA, whose norms are trained with B, where no round trains B; GaLore, which needs a projector, where
+        both factors are trained, or with DoRA.
+    """
+    while hasattr(method, "method"):  # a wrapper
+        method = method.method
+    trained = trained_factors(method)
+    optimizer = getattr(getattr(method, "training", None), "optimizer", None)
+    if model.adapter == "dora" and trained is not None and not any("B" in factors for factors in trained):
+        raise InputError(
+            f"model.adapter: dora trains the norms of rows together with B, which {name} never trains; "
+            "valid: lora, rslora, or another method"
+        )
+    if not isinstance(optimizer, GaLore):
+        return
+    if model.adapter == "dora":
+        raise InputError("training.optimizer: galore descends the weight itself, dora its parts; valid: adapter = lora")
+    if trained is None or BOTH in trained or frozenset() in trained:
+        raise InputError(
+            f"training.optimizer: galore needs a fixed projector, and {name} has none; valid: a method that fixes one "
+            "factor with orthonormal components (galore-avg, rac-lora)"
+        )
