@@ -14,8 +14,9 @@ from airtune.compression.soft import Soft
 from airtune.compression.topk import RandomComponents, RowTopK, TopK
 from airtune.compression.values import FloatingPoint, Stochastic, pack_integers, unpack_integers
 from airtune.errors import InputError, NoResultError
+from airtune.experiment.hints import Context
 from airtune.experiment.kinds import choices
-from airtune.experiment.schema import Context, read, write
+from airtune.experiment.schema import read, write
 from airtune.lora import Adapter, AdapterSlice, LoraFactors
 from airtune.types import Compressor
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from airtune.devices.profiles import profile_names
 from airtune.errors import InputError
 from airtune.experiment.config import KEYS, ExperimentFile, read_experiment, read_file
-from airtune.experiment.schema import choices_of, field_names
+from airtune.experiment.hints import choices_of, field_names
 from airtune.experiment.sections import Engine, Evaluation, FleetConfig, StopLimits
 from airtune.experiment.toml import write_toml
 from airtune.methods import method_names
@@ -266,7 +266,7 @@ def test_one_slip_of_the_finger_is_always_caught(section: str, index: int, chang
 
 def test_every_part_that_a_file_can_name_has_names() -> None:
     from airtune.experiment import kinds
-    from airtune.experiment.schema import Context, field_hints
+    from airtune.experiment.hints import Context, field_hints
 
     context = Context(kinds.choices())
     for kind in (Channel, FleetConfig):

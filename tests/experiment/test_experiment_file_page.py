@@ -10,7 +10,7 @@ import pytest
 
 from airtune.devices.profiles import profile_names
 from airtune.experiment.config import SECTIONS, ExperimentFile
-from airtune.experiment.schema import field_names
+from airtune.experiment.hints import field_names
 from airtune.experiment.sections import Engine, Evaluation, FleetConfig, StopLimits
 from airtune.training.data import DataConfig
 from airtune.training.partition import PARTITIONERS

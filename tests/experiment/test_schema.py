@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airtune.errors import InputError
-from airtune.experiment.schema import Context, choices_of, kebab, read, read_dataclass, write_dataclass
+from airtune.experiment.hints import Context, choices_of, kebab
+from airtune.experiment.schema import read, read_dataclass, write_dataclass
 from airtune.wireless.units import quantity
 
 

@@ -9,7 +9,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from airtune.errors import unknown_name
-from airtune.experiment.schema import Choices, Plain, implementations
+from airtune.experiment.hints import Choices, Plain, implementations
 from airtune.methods import method_class, method_names
 from airtune.types import Compressor, LocalTraining, Method
 from airtune.wireless.path_loss import PathLoss

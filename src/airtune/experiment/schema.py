@@ -18,41 +18,38 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import types
-import typing
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, is_dataclass
 from functools import lru_cache
-from importlib import import_module
-from typing import Any, Literal, Protocol, cast
+from typing import Any, cast
 
 import pydantic
 
 from airtune.errors import InputError, unknown_name
+from airtune.experiment.hints import (
+    EMPTY,
+    TYPE_KEY,
+    Choices,
+    Context,
+    Plain,
+    accepts_bool,
+    alternatives,
+    choices_of,
+    config_fields,
+    field_hints,
+    field_names,
+    is_hashable,
+    is_optional,
+    is_plain_alternative,
+    is_structured,
+    item_hint,
+    literal_texts,
+    shown_type,
+    without_none,
+)
 from airtune.wireless.units import parse_quantity
 
-Plain = dict[str, Any]
-Choices = Mapping[str, type]
-TYPE_KEY = "type"
 NONE_TEXT = "none"
-
-
-@dataclass(frozen=True)
-class Context:
-    """What reading needs besides the types.
-
-    Attributes
-    ----------
-    choices : protocol -> names, for protocols whose classes stand in other modules (methods, aggregators).
-    defaults : dataclass or protocol -> table that fills in what a field of that type leaves out. The section
-        [training] gives the defaults of every method's `training`.
-    """
-
-    choices: Mapping[Any, Choices] = field(default_factory=dict[Any, Choices])
-    defaults: Mapping[Any, Plain] = field(default_factory=dict[Any, Plain])
-
-
-EMPTY = Context()
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
@@ -71,17 +68,17 @@ def read(hint: Any, value: Any, where: str, context: Context = EMPTY) -> Any:
     ------
     InputError : the value does not fit; one line.
     """
-    if _is_optional(hint):
+    if is_optional(hint):
         if value is None or value == NONE_TEXT:
             return None
-        hint = _without_none(hint)
+        hint = without_none(hint)
     choices = choices_of(hint, context)
-    if choices is not None and not _is_plain_alternative(hint, value):
+    if choices is not None and not is_plain_alternative(hint, value):
         return _read_choice(choices, value, where, context)
     if is_dataclass(hint):
         return read_dataclass(cast("type", hint), value, where, context)
-    items = _item_hint(hint)
-    if items is not None and _is_structured(items, context):
+    items = item_hint(hint)
+    if items is not None and is_structured(items, context):
         return _read_items(items, value, where, context)
     return _read_single(hint, value, where)
 
@@ -138,7 +135,7 @@ def _filled(table: Mapping[str, Any], hints: Mapping[str, Any], context: Context
     """Return the table with the context's defaults in the fields of those types."""
     filled = dict(table)
     for name, hint in hints.items():
-        default = context.defaults.get(hint) if _is_hashable(hint) else None
+        default = context.defaults.get(hint) if is_hashable(hint) else None
         if default is None or (hint not in context.choices and not is_dataclass(hint) and name in table):
             continue
         given = table.get(name, {})
@@ -154,7 +151,7 @@ def _read_field(entry: Field[Any], hint: Any, value: Any, where: str, context: C
     unit = entry.metadata.get("unit")
     if unit is None or not isinstance(value, str | int | float | list):
         return read(hint, value, where, context)
-    if value == NONE_TEXT and _is_optional(hint):
+    if value == NONE_TEXT and is_optional(hint):
         return None
     if isinstance(value, list):
         return tuple(parse_quantity(item, unit, where) for item in cast("list[str | float]", value))
@@ -183,12 +180,12 @@ def _read_items(item: Any, value: Any, where: str, context: Context) -> Any:
 
 
 def _read_single(hint: Any, value: Any, where: str) -> Any:
-    literals = _literal_texts(hint)
+    literals = literal_texts(hint)
     if literals is not None and isinstance(value, str) and value not in literals:
         raise unknown_name(where, value, literals)
     value = _from_text(hint, value)
-    if isinstance(value, bool) and not _accepts_bool(hint):
-        raise InputError(f"{where}: must not be {_shown(value)}; valid: {_shown_type(hint)}")
+    if isinstance(value, bool) and not accepts_bool(hint):
+        raise InputError(f"{where}: must not be {_shown(value)}; valid: {shown_type(hint)}")
     try:
         result = _adapter(hint).validate_python(value)
     except pydantic.ValidationError as error:
@@ -201,9 +198,9 @@ def _read_single(hint: Any, value: Any, where: str) -> Any:
 
 def _from_text(hint: Any, value: Any) -> Any:
     """Return the list or table that text from the command line stands for, where one is wanted."""
-    if not isinstance(value, str) or str in _alternatives(hint) or _literal_texts(hint) is not None:
+    if not isinstance(value, str) or str in alternatives(hint) or literal_texts(hint) is not None:
         return value
-    if _item_hint(hint) is None:
+    if item_hint(hint) is None:
         return value
     if value[:1] in "[{":
         try:
@@ -225,14 +222,14 @@ def write(hint: Any, value: Any, context: Context = EMPTY) -> Any:
     """Return plain data (JSON types) from which `read` makes an equal object of type `hint` in the same context."""
     if value is None:
         return None
-    if _is_optional(hint):
-        hint = _without_none(hint)
+    if is_optional(hint):
+        hint = without_none(hint)
     choices = choices_of(hint, context)
     if choices is not None and is_dataclass(value):
         return {TYPE_KEY: _name_in(choices, type(value)), **write_dataclass(value, context)}
     if is_dataclass(value):
         return write_dataclass(value, context)
-    items = _item_hint(hint)
+    items = item_hint(hint)
     if isinstance(value, Mapping):
         table = cast("Mapping[str, Any]", value)
         return {str(key): write(Any if items is None else items, entry, context) for key, entry in table.items()}
@@ -254,7 +251,7 @@ def write_dataclass(value: Any, context: Context = EMPTY) -> Plain:
     for entry in config_fields(type(value)):
         hint = hints[entry.name]
         written = write(hint, getattr(value, entry.name), context)
-        default = context.defaults.get(hint) if _is_hashable(hint) else None
+        default = context.defaults.get(hint) if is_hashable(hint) else None
         if default is not None and isinstance(written, dict):
             written = _without(cast("Plain", written), default)
             if not written:
@@ -278,141 +275,7 @@ def _name_in(choices: Choices, kind: type) -> str:
     raise InputError(f"{kind.__name__}: has no name in an experiment file; valid: {_listed(choices)}")
 
 
-# --------------------------------------------------------------------------------------------------------------- types
-
-
-def config_fields(kind: type) -> tuple[Field[Any], ...]:
-    """Return the fields of a dataclass that a file may set."""
-    return tuple(entry for entry in fields(kind) if entry.init and not entry.name.startswith("_"))
-
-
-def field_names(kind: type) -> tuple[str, ...]:
-    """Return the names of the fields that a file may set."""
-    return tuple(entry.name for entry in config_fields(kind))
-
-
-@lru_cache(maxsize=512)
-def field_hints(kind: type) -> dict[str, Any]:
-    """Return the resolved type of each field."""
-    return typing.get_type_hints(kind)
-
-
-def choices_of(hint: Any, context: Context = EMPTY) -> Choices | None:
-    """Return the named dataclasses that a protocol or a union stands for, None for other types."""
-    hint = _without_none(hint) if _is_optional(hint) else hint
-    found: dict[str, type] = {}
-    for alternative in _alternatives(hint):
-        origin = typing.get_origin(alternative) or alternative
-        if _is_protocol(origin):
-            found.update(context.choices.get(origin) or _registered(origin))
-        elif is_dataclass(origin) and len(_alternatives(hint)) > 1:
-            found[name_of(cast("type", origin))] = cast("type", origin)
-    return found or None
-
-
-def name_of(kind: type) -> str:
-    """Return a class's name in a file: that of its module's table of names, else ``FreeSpace`` as ``free-space``."""
-    for table in _tables(kind.__module__):
-        for name, entry in table.items():
-            if entry is kind:
-                return name
-    return kebab(kind.__name__)
-
-
-def kebab(name: str) -> str:
-    """Return ``FreeSpace`` as ``free-space``."""
-    pieces = [f"-{letter.lower()}" if letter.isupper() else letter for letter in name]
-    return "".join(pieces).lstrip("-")
-
-
-@lru_cache(maxsize=256)
-def _registered(protocol: type) -> Choices:
-    """Return the names of the protocol's own module: its table of names, else the dataclasses that fit."""
-    for table in _tables(protocol.__module__):
-        if all(_fits(kind, protocol) for kind in table.values()):
-            return table
-    return implementations(protocol, protocol.__module__)
-
-
-def implementations(protocol: type, module: str) -> Choices:
-    """Return the dataclasses that a module defines and that have all members of a protocol, by name."""
-    classes = [kind for kind in vars(import_module(module)).values() if isinstance(kind, type)]
-    own = [kind for kind in classes if kind.__module__ == module and is_dataclass(kind)]
-    return {name_of(kind): kind for kind in own if _fits(kind, protocol)}
-
-
-def _fits(kind: type, protocol: type) -> bool:
-    return all(hasattr(kind, member) for member in vars(protocol) if not member.startswith("_"))
-
-
-def _tables(module: str) -> Iterator[Choices]:
-    """Yield the tables ``NAMES = {"name": Class}`` of a module: mappings in capitals to dataclasses."""
-    for name, table in vars(import_module(module)).items():
-        if name.isupper() and not name.startswith("_") and isinstance(table, Mapping) and table:
-            classes = cast("Mapping[str, Any]", table)
-            if all(isinstance(kind, type) and is_dataclass(kind) for kind in classes.values()):
-                yield classes
-
-
-def _is_protocol(kind: Any) -> bool:
-    return isinstance(kind, type) and Protocol in kind.__mro__ and getattr(kind, "_is_protocol", False)
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if _is_union(hint) else (hint,)
-
-
-def _is_optional(hint: Any) -> bool:
-    return type(None) in _alternatives(hint) and _is_union(hint)
-
-
-def _without_none(hint: Any) -> Any:
-    rest = tuple(part for part in _alternatives(hint) if part is not type(None))
-    return rest[0] if len(rest) == 1 else typing.Union[rest]  # noqa: UP007 (built from a tuple)
-
-
-def _is_plain_alternative(hint: Any, value: Any) -> bool:
-    """Whether a union of plain types and tables is given something plain, as ``float | PathLoss`` a number."""
-    plain = [part for part in _alternatives(hint) if not is_dataclass(part) and not _is_protocol(part)]
-    return bool(plain) and not isinstance(value, Mapping | str)
-
-
-def _item_hint(hint: Any) -> Any:
-    """Return the type of the items of a list-like or table-like hint, None for anything else."""
-    for alternative in _alternatives(hint):
-        origin, arguments = typing.get_origin(alternative), typing.get_args(alternative)
-        if origin in (tuple, list, frozenset, set) or origin is Sequence:
-            return arguments[0] if arguments else Any
-        if isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2:
-            return arguments[1]
-    return None
-
-
-def _is_structured(hint: Any, context: Context) -> bool:
-    return is_dataclass(hint) or choices_of(hint, context) is not None
-
-
-def _is_hashable(hint: Any) -> bool:
-    return isinstance(hint, Hashable)
-
-
-def _literal_texts(hint: Any) -> tuple[str, ...] | None:
-    if typing.get_origin(hint) is not Literal:
-        return None
-    values = typing.get_args(hint)
-    return cast("tuple[str, ...]", values) if all(isinstance(value, str) for value in values) else None
-
-
-def _accepts_bool(hint: Any) -> bool:
-    return any(part is bool or part is Any or typing.get_origin(part) is Literal for part in _alternatives(hint))
-
-
-def _shown_type(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)).replace("typing.", "")
+# ---------------------------------------------------------------------------------------------------------- small ones
 
 
 def _shown(value: Any) -> str:
