@@ -12,6 +12,7 @@ from airtune.compression.soft import Soft
 from airtune.methods import built_in_names, method_class, method_names
 from airtune.methods.composed import Composed
 from airtune.methods.fed_sb import FedSB
+from airtune.methods.fedbuff import FedBuff
 from airtune.methods.fedex_lora import FedExLoRA
 from airtune.methods.fedit import FedIT
 from airtune.methods.fedopt import FedOpt
@@ -32,6 +33,7 @@ from airtune.methods.rac_lora import RACLoRA
 from airtune.methods.rolora import RoLoRA
 from airtune.methods.soft import SoftLoRA
 from airtune.methods.tsfa import TSFA
+from airtune.methods.wrappers import Deadline, FirstArrivals, Staleness
 from airtune.scheduling.bandwidth import EqualFinish
 from airtune.scheduling.planner import Separate
 from airtune.scheduling.sampling import Independent, Uniform, Weighted
@@ -79,6 +81,10 @@ ROWS = [
         {"seed": FULL, "fixed point": "ranks change", "unsent": "what a round left out acts no more, on purpose"},
     ),
     Row("legend", Legend(reference_rank=3, profile="uniform", fixed_depth=2, cohort_size=1)),
+    Row("deadline", Deadline(Legend(reference_rank=2, cohort_size=1), seconds=1e9)),
+    Row("first-arrivals", FirstArrivals(FedIT(cohort_size=1), updates=3, late="keep")),
+    Row("staleness", Staleness(HetLoRA(lowest_rank=1, cohort_size=1))),
+    Row("fedbuff", FedBuff(concurrency=1, buffer_size=1)),
     Row("fed-sb", FedSB(cohort_size=1)),
     Row("fedex-lora", FedExLoRA(cohort_size=1, weights="uniform"), exact=False),
     Row("fedex-lora", FedExLoRA(lowest_rank=1, residual_rank=2), {"seed": FULL, "fixed point": TRUNCATED}),

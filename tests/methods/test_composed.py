@@ -20,6 +20,7 @@ from airtune.scheduling.planner import Separate
 from airtune.scheduling.power import LeastPower
 from airtune.scheduling.sampling import All, Independent, Uniform, Weighted
 from airtune.scheduling.slicing import Depth, FullSlice, RandomLayers, RankByMemory, Sketch
+from airtune.scheduling.utility import Utility
 from airtune.scheduling.work import ChoosesRanks
 from airtune.types import ServerModel
 from synthetic_federation import SyntheticWorld, make_adapter, make_fleet
@@ -29,7 +30,7 @@ WORLD = SyntheticWorld(make_fleet(7))
 PLANNER_ROWS: list[Any] = [
     *(
         Separate(sampler, slicer)
-        for sampler in (All(), Uniform(3), Weighted(3), Independent(3.0))
+        for sampler in (All(), Uniform(3), Weighted(3), Independent(3.0), Utility(3))
         for slicer in (FullSlice(), RankByMemory(), Depth(2), Depth(outside="absent"), RandomLayers(), Sketch(2))
     ),
     Separate(bandwidth=EqualFinish(), power=LeastPower()),

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airtune.errors import InputError
-from airtune.scheduling.sampling import All, Independent, Sampler, Uniform, Weighted, inclusion_probabilities
+from airtune.scheduling.samplers import Sampler
+from airtune.scheduling.sampling import All, Independent, Uniform, Weighted, inclusion_probabilities
 from airtune.scheduling.work import candidates
 from airtune.streams import stream
 from airtune.types import Observation, Pending, ServerModel

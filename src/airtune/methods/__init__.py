@@ -24,7 +24,9 @@ ENTRY_POINT_GROUP = "airtune.methods"
 
 _BUILT_IN: Mapping[str, str] = {
     "composed": "airtune.methods.composed:Composed",
+    "deadline": "airtune.methods.wrappers:Deadline",
     "fed-sb": "airtune.methods.fed_sb:FedSB",
+    "fedbuff": "airtune.methods.fedbuff:FedBuff",
     "fedex-lora": "airtune.methods.fedex_lora:FedExLoRA",
     "fedit": "airtune.methods.fedit:FedIT",
     "fedra": "airtune.methods.fedra:FedRA",
@@ -32,6 +34,7 @@ _BUILT_IN: Mapping[str, str] = {
     "fedsa-lora": "airtune.methods.fedsa_lora:FedSALoRA",
     "fedsvd": "airtune.methods.fedsvd:FedSVD",
     "ffa-lora": "airtune.methods.ffa_lora:FFALoRA",
+    "first-arrivals": "airtune.methods.wrappers:FirstArrivals",
     "flexlora": "airtune.methods.flexlora:FlexLoRA",
     "flora": "airtune.methods.flora:FLoRA",
     "florist": "airtune.methods.florist:FLoRIST",
@@ -44,6 +47,7 @@ _BUILT_IN: Mapping[str, str] = {
     "rac-lora": "airtune.methods.rac_lora:RACLoRA",
     "rolora": "airtune.methods.rolora:RoLoRA",
     "soft": "airtune.methods.soft:SoftLoRA",
+    "staleness": "airtune.methods.wrappers:Staleness",
     "tsfa": "airtune.methods.tsfa:TSFA",
 }
 

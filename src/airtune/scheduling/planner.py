@@ -12,7 +12,8 @@ from airtune.capabilities import Trait
 from airtune.errors import InputError, NoResultError
 from airtune.scheduling.bandwidth import BandwidthRule, EqualSplit
 from airtune.scheduling.power import FullPower, PowerRule
-from airtune.scheduling.sampling import All, Sampler
+from airtune.scheduling.samplers import Sampler
+from airtune.scheduling.sampling import All
 from airtune.scheduling.slicing import FullSlice, Slicer
 from airtune.scheduling.work import LocalWork, Slices, candidates
 from airtune.types import ClientTask, Fleet, Group, Ints, Observation, Plan, RoundOutcome, ServerModel

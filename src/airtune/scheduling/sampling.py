@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -21,19 +20,6 @@ class Cohort:
 
     clients: Ints
     probability: Floats
-
-
-class Sampler(Protocol):
-    """Chooses a cohort from candidates (idle, with data, a link and enough memory)."""
-
-    @property
-    def traits(self) -> frozenset[Trait]:
-        """Return what its cohorts may show."""
-        ...
-
-    def sample(self, candidates: Ints, seen: Observation, rng: np.random.Generator) -> Cohort:
-        """Return the cohort."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -161,11 +147,3 @@ def checked_cohort_size(cohort_size: int, seen: Observation) -> int:
 def everyone_or(cohort_size: int | None) -> All | Uniform:
     """Return uniform sampling of that many clients, or everyone for None."""
     return All() if cohort_size is None else Uniform(cohort_size)
-
-
-SAMPLERS: Mapping[str, type[Sampler]] = {
-    "all": All,
-    "uniform": Uniform,
-    "weighted": Weighted,
-    "independent": Independent,
-}
