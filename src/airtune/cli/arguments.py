@@ -121,7 +121,7 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"airtune {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_run, _compare, _plan, _evaluate, _fetch, _methods, _cite, _report):
+    for add in (_run, _compare, _plan, _evaluate, _fetch, _methods, _cite, _report, _calibrate):
         add(commands)
     return parser
 
@@ -205,6 +205,18 @@ def _report(commands: Any) -> None:
     parser.add_argument("--target", metavar="X", help="of the metric")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: the folder, if only one is named)")
     parser.add_argument("--tensorboard", action="store_true", help="also write event files")
+
+
+def _calibrate(commands: Any) -> None:
+    summary = "measure how fast this machine trains, and write a device profile"
+    parser = _add(commands, "calibrate", "calibrating.calibrate", summary, overrides=True)
+    parser.add_argument("experiment", metavar="EXPERIMENT.toml", help="names model, data, batch size and threads")
+    parser.add_argument("--name", default="this-machine", metavar="NAME", help="of the profile")
+    parser.add_argument("--power", metavar="W", help='drawn while training, as in "15 W": given, not measured')
+    parser.add_argument("--memory", metavar="B", help='as in "8 GB" (default: all that this machine has)')
+    parser.add_argument("--repeats", default="5", metavar="N", help="timed repeats")
+    parser.add_argument("--out", metavar="FILE.toml", help="a new profile; without it the result is only shown")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _unknown(argument: str, parser: argparse.ArgumentParser, command: str) -> InputError:

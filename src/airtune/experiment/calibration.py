@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from airtune.clock import host_seconds
+from airtune.compression.dense import Dense
 from airtune.devices.calibrate import Calibration, measure
 from airtune.errors import InputError
 from airtune.experiment.build import Bench, Workshop, build
@@ -45,10 +46,8 @@ def calibrate(experiment: Experiment, repeats: int, workshop: Workshop) -> Calib
     if not costs.fleet.num_examples[client]:
         raise InputError("data: no client has examples to calibrate with; valid: a partition that gives some")
     whole = AdapterSlice.everything(adapter.shape)
-    method = experiment.method
-    training = replace(getattr(method, "training"), local_steps=STEPS)  # noqa: B009 - a method's own field
-    compressor = getattr(method, "compressor")  # noqa: B009
-    task = ClientTask(client, whole, whole, whole, training, compressor, 0.0, 0.0)
+    training = replace(experiment.training, local_steps=STEPS)
+    task = ClientTask(client, whole, whole, whole, training, Dense(), bandwidth=0.0, transmit_power=0.0)
     work = _Work(bench, TrainingJob(task, bench.start, round=1))
     work()
     assert work.result is not None
