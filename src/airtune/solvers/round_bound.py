@@ -150,7 +150,7 @@ class RoundModel:
         """Return V; clients without weight do not count, one with weight and probability 0 makes it infinite."""
         a = np.asarray(weight, dtype=np.float64)
         q = np.broadcast_to(np.asarray(probability, dtype=np.float64), a.shape)
-        load = noise_weight * self.variance_factor(ratio) * a**2
+        load = np.asarray(noise_weight, dtype=np.float64) * self.variance_factor(ratio) * a**2
         with np.errstate(divide="ignore", invalid="ignore"):
             return float(np.where(a > 0.0, load / q, 0.0).sum())
 
@@ -174,7 +174,8 @@ def split_rounds(
     over clients. Infinite where a client's own term is.
     """
     a = np.asarray(weight, dtype=np.float64)
-    left = model.beta - len(a) * noise_weight * model.variance_factor(ratio) * a**2 / np.asarray(probability)
+    load = np.asarray(noise_weight, dtype=np.float64) * model.variance_factor(ratio) * a**2
+    left = model.beta - len(a) * load / np.asarray(probability, dtype=np.float64)
     if not bool((left > 0.0).all()):
         return float("inf")
     return float((model.alpha * model.smoothness_factor(ratio) / left).mean())

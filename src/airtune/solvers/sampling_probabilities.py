@@ -13,7 +13,7 @@ ratio is the one root of F(price) = max (D - price M), and for a given price eve
 price <- D / M converges superlinearly from any feasible point, and monotonically: there is no second local optimum to
 fall into. Without caps at 1 and with theta = 0 and one choice the answer is the closed form
 
-    q_n = (2 / beta) sqrt(v_n / C_n) sum_m sqrt(v_m C_m),   sum v/q = beta / 2,   R T = (4 alpha / beta^2) (sum sqrt(v C))^2.
+    q_n = (2 / beta) sqrt(v_n / C_n) P,   P = sum_m sqrt(v_m C_m),   sum v/q = beta / 2,   R T = 4 alpha P^2 / beta^2.
 
 Gamma (forms "S", "V+S") couples the clients; see `best_choices`. The split of the problem is our reading of
 arXiv 2505.23555, whose abstract names no algorithm [choice].
@@ -21,6 +21,8 @@ arXiv 2505.23555, whose abstract names no algorithm [choice].
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +35,8 @@ Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _ITERATIONS = 100
+LOCAL_SEARCH_CLIENTS = 20
+PAIR_SEARCH_CLIENTS = 10
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 
 
@@ -80,9 +84,7 @@ class Choices:
         return slack, seconds, gain
 
 
-def best_probabilities(
-    load: ArrayLike, cost: ArrayLike, alpha: float, beta: float, constant: float = 0.0
-) -> Solution:
+def best_probabilities(load: ArrayLike, cost: ArrayLike, alpha: float, beta: float, constant: float = 0.0) -> Solution:
     """Minimise ``alpha (constant + sum q C) / (beta - sum v / q)`` over q; exact.
 
     Parameters
@@ -99,12 +101,14 @@ def best_probabilities(
     return Solution(found.value["probability"], found.status, found.objective, found.iterations, found.message)
 
 
-def best_choices(problem: Choices) -> Solution:
+def best_choices(problem: Choices, *, thorough: bool = True) -> Solution:
     """Minimise over probabilities and choices together.
 
     Exact for Gamma = 1. With Gamma: descent from several starts, "feasible" [choice]. Each step lets every client
     minimise ``gain_n(k) / Gamma + q C_n(k) / M + v_n(k) / (q D)``, the logarithm of the objective to first order; the
-    starts are the fixed points of Gamma^e M / D for several exponents e, of which e = 0 is exact.
+    starts are the fixed points of Gamma^e M / D for several exponents e, of which e = 0 is exact. In fleets of up to
+    20 clients a local search over single choices follows (up to 10: over pairs). `thorough` off: fewer starts and no
+    local search.
 
     Returns
     -------
@@ -121,7 +125,7 @@ def best_choices(problem: Choices) -> Solution:
         q, choice, iterations = _dinkelbach(problem, *start)
         value = {"probability": q, "choice": choice}
         return Solution(value, "optimal", problem.objective(q, choice), iterations)
-    return _with_smoothness(problem, start)
+    return _with_smoothness(problem, start, thorough)
 
 
 def _check(problem: Choices) -> None:
@@ -156,7 +160,8 @@ def _least_load(problem: Choices) -> tuple[Array, Ints]:
 def _dinkelbach(problem: Choices, probability: Array, choice: Ints) -> tuple[Array, Ints, int]:
     """Return the optimum for Gamma = 1 from a feasible point."""
     if problem.load.shape[1] == 1:
-        return _one_choice(problem, probability, choice)
+        q, _, iterations = best_ratio(problem.load[:, 0], problem.cost[:, 0], problem.beta, problem.constant)
+        return q, choice, iterations
     slack, seconds, _ = problem.parts(probability, choice)
     for iteration in range(1, _ITERATIONS + 1):
         if not seconds > 0.0:
@@ -170,26 +175,41 @@ def _dinkelbach(problem: Choices, probability: Array, choice: Ints) -> tuple[Arr
     return probability, choice, _ITERATIONS
 
 
-def _one_choice(problem: Choices, probability: Array, choice: Ints) -> tuple[Array, Ints, int]:
-    """Do the same where there is nothing to choose but q: fewer passes over the clients."""
-    load, cost = problem.load[:, 0], problem.cost[:, 0]
+def best_ratio(
+    load: Array, cost: Array, beta: float, constant: float, price: float | None = None
+) -> tuple[Array, float, int]:
+    """Return q, the largest (beta - sum v / q) / (constant + sum q C), and the iterations; no choices, no checks.
+
+    price : a first guess of the ratio, for example that of a similar problem; None: that of full participation.
+    """
     used = load > 0.0
-    load, cost = load[used], cost[used]
+    every = bool(used.all())
+    load, cost = (load, cost) if every else (load[used], cost[used])
     with np.errstate(divide="ignore"):
-        ratio = np.sqrt(load) / np.sqrt(cost)
-    slack, seconds, _ = problem.parts(probability, choice)
-    iteration, q = 0, np.ones(len(load))
-    while iteration < _ITERATIONS and seconds > 0.0:
+        root = np.sqrt(load / cost)
+
+    def worth(q: Array) -> float:
+        return (beta - float((load / q).sum())) / max(constant + float(q @ cost), 1e-300)
+
+    best = np.ones(len(load))
+    value = worth(best)
+    if price is not None and price > 0.0:
+        guess = np.minimum(1.0, root / price**0.5)
+        best, value = max((best, value), (guess, worth(guess)), key=lambda point: point[1])
+    iteration = 0
+    while iteration < _ITERATIONS and 0.0 < value < 1e250:
         iteration += 1
-        price = slack / seconds
-        new = np.minimum(1.0, ratio / price**0.5)
-        slack, seconds = problem.beta - float((load / new).sum()), problem.constant + float(new @ cost)
-        if not slack > price * (1.0 + 1e-14) * seconds:
+        new = np.minimum(1.0, root / value**0.5)
+        ratio, before = worth(new), value
+        if ratio >= value * (1.0 - 1e-15):  # close to the optimum the value stands still before q does
+            best, value = new, max(ratio, value)
+        if not ratio > before * (1.0 + 1e-14):
             break
-        q = new
+    if every:
+        return best, value, iteration
     found = np.zeros(len(used))
-    found[used] = q
-    return found, choice, iteration
+    found[used] = best
+    return found, value, iteration
 
 
 def _respond(problem: Choices, gain_price: float, time_price: float, load_price: float) -> tuple[Array, Ints]:
@@ -209,18 +229,58 @@ def _respond(problem: Choices, gain_price: float, time_price: float, load_price:
 # --------------------------------------------------------------------------------------------------------- with Gamma
 
 
-def _with_smoothness(problem: Choices, start: tuple[Array, Ints]) -> Solution:
+def _with_smoothness(problem: Choices, start: tuple[Array, Ints], thorough: bool) -> Solution:
     plain = Choices(problem.load, problem.cost, problem.alpha, problem.beta, problem.constant)
     q, k, iterations = _dinkelbach(plain, *start)
     best = (problem.objective(q, k), q, k)
-    for exponent in _EXPONENTS[1:]:
+    points = {k.tobytes(): best}
+    for exponent in _EXPONENTS[1:] if thorough else (1.0,):
         found, steps = _descend(problem, best[1], best[2], exponent)
         iterations += steps
         for p, c in (found, _descend(problem, *found, 1.0)[0]):
-            value = problem.objective(p, c)
-            best = (value, p, c) if value < best[0] else best
+            points.setdefault(c.tobytes(), (problem.objective(p, c), p, c))
+        best = min(points.values(), key=_value)
+    if thorough and len(problem.load) <= LOCAL_SEARCH_CLIENTS:
+        for choice in range(problem.load.shape[1]):
+            same = np.full(len(k), choice, dtype=np.int64)
+            answer = _best_q(problem, same) if np.isfinite(problem.cost[:, choice]).all() else None
+            if answer is not None:
+                points.setdefault(same.tobytes(), (problem.objective(*answer), *answer))
+        best = min((_local_search(problem, point) for point in points.values()), key=_value)
     value, q, k = best
     return Solution({"probability": q, "choice": k}, "feasible", value, iterations)
+
+
+def _value(point: tuple[float, Array, Ints]) -> float:
+    return point[0]
+
+
+def _local_search(problem: Choices, point: tuple[float, Array, Ints]) -> tuple[float, Array, Ints]:
+    """Change the choice of one client at a time, with the exact q for each, until no change helps."""
+    improved = True
+    while improved:
+        improved = False
+        for choice in _neighbours(problem, point[2]):
+            answer = _best_q(problem, choice)
+            if answer is not None and problem.objective(*answer) < point[0] * (1.0 - 1e-12):
+                point, improved = (problem.objective(*answer), *answer), True
+    return point
+
+
+def _neighbours(problem: Choices, choice: Ints) -> Iterator[Ints]:
+    """Yield the allowed choices that differ in one client, then, in small fleets, those that differ in two."""
+    single = [
+        (client, int(other))
+        for client in range(len(choice))
+        for other in np.flatnonzero(np.isfinite(problem.cost[client]))
+        if other != choice[client]
+    ]
+    pairs = itertools.combinations(single, 2) if len(choice) <= PAIR_SEARCH_CLIENTS else ()
+    for moves in itertools.chain(((move,) for move in single), pairs):
+        new = choice.copy()
+        for client, other in moves:
+            new[client] = other
+        yield new
 
 
 def _descend(problem: Choices, q: Array, k: Ints, exponent: float) -> tuple[tuple[Array, Ints], int]:

@@ -68,8 +68,8 @@ class RoundTimes:
             raise InputError(f"fixed, idle: must be finite and not negative, in s; got {fixed:g}, {idle:g}")
         if split not in ("equal-finish", "equal"):
             raise unknown_name("split", split, ("equal-finish", "equal"))
-        parts = (finite_array(name, value, size) for name, value in (("compute", compute), ("upload", upload)))
-        return cls(*parts, bandwidth, fixed, idle, split)
+        tau, t = finite_array("compute", compute, size), finite_array("upload", upload, size)
+        return cls(tau, t, bandwidth, fixed, idle, split)
 
     @property
     def size(self) -> int:
@@ -97,9 +97,13 @@ def _finish_times(compute: Array, upload: Array, starts: NDArray[np.intp], bandw
     """Return the root T of every cohort; the members of cohort i are those from starts[i] to starts[i + 1].
 
     1 / sum(t / (T - tau)) is concave and increasing, so Newton's method on it from the left never passes the root.
+    It starts at the larger of two lower bounds: each client alone with the band, and Jensen's inequality.
     """
     lengths = np.diff(np.append(starts, len(compute)))
-    time = np.maximum.reduceat(compute + upload / bandwidth, starts)
+    alone = np.maximum.reduceat(compute + upload / bandwidth, starts)
+    sent = np.add.reduceat(upload, starts)
+    mean = np.divide(np.add.reduceat(upload * compute, starts), sent, out=np.zeros_like(sent), where=sent > 0.0)
+    time = np.maximum(alone, (mean + sent / bandwidth) * (1.0 - 1e-12))
     sends = upload > 0.0
     for _ in range(_ITERATIONS):
         left = np.repeat(time, lengths) - compute

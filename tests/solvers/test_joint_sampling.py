@@ -1,0 +1,384 @@
+"""Who joins and what each trains: exact searches against brute force, and never worse than any baseline."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from airtune.errors import InputError
+from airtune.solvers.joint_problem import JointProblem, Judge
+from airtune.solvers.joint_sampling import additive, deadline, least_seconds, slowest, solve
+from airtune.solvers.round_bound import RoundModel, split_rounds
+from airtune.solvers.sampling_baselines import baseline_decisions, published_scan
+from airtune.solvers.sampling_probabilities import Choices, best_choices, best_probabilities
+from airtune.solvers.sampling_time import Scenarios, expected_seconds, slowest_bound
+
+RATIOS = (0.125, 0.25, 0.5, 1.0)
+OURS = ("additive", "deadline", "slowest", "polish")
+
+
+def random_fleet(seed: int, size: int | None = None, form: str = "V", ratios=RATIOS, **changes) -> JointProblem:
+    """Return a fleet of 2 to 40 clients: balanced or not, computing or sending longer, target near or far."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(2, 41)) if size is None else size
+    share = np.array(ratios)
+    weight = rng.dirichlet(np.full(size, rng.choice([0.5, 2.0, 20.0])))
+    compute = rng.lognormal(0.0, rng.uniform(0.2, 1.5), size)[:, None] * (1.0 + rng.uniform(0.0, 3.0) * share)
+    upload = rng.lognormal(0.0, rng.uniform(0.2, 1.5), size)[:, None] * (share + rng.uniform(0.0, 0.1))
+    band = upload[:, -1].mean() * rng.lognormal(0.0, 1.5) * min(size, 8) / compute.mean()
+    noise = rng.uniform(0.5, 2.0, size)
+    beta = (noise * weight**2).sum() * (1.0 + rng.lognormal(0.0, 1.5)) + rng.choice([0.0, 0.25])
+    fields = {"noise_weight": noise, "fixed": float(rng.choice([0, 1])), "idle": float(rng.choice([0, 1])), **changes}
+    return JointProblem.of(weight, compute, upload, share, band, RoundModel(10.0, float(beta), form), **fields)
+
+
+def exact_total(problem: JointProblem, q: np.ndarray, choice: np.ndarray) -> float:
+    """Return R E[T] with every cohort enumerated, written once more."""
+    rounds = problem.rounds(q, choice)
+    return rounds * expected_seconds(problem.times(choice), q, Scenarios()).value if np.isfinite(rounds) else np.inf
+
+
+# ----------------------------------------------------------------------------------------------------------- q-step
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_probabilities_match_scipy_on_the_true_product(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = 8
+    load, cost = rng.dirichlet(np.ones(n)) ** 2 * rng.uniform(0.5, 3, n), rng.lognormal(0, 1, n)
+    beta, constant = load.sum() * rng.uniform(1.1, 20), float(rng.choice([0.0, 2.0]))
+    found = best_probabilities(load, cost, 3.0, beta, constant)
+
+    def value(z):
+        q = np.exp(z)
+        slack = beta - (load / q).sum()
+        return (3.0 * (constant + q @ cost) / slack) / found.objective if slack > 0 else 1e3
+
+    start = np.log(found.value)
+    for z in (start, np.zeros(n), start * 0.3):
+        result = minimize(value, z, method="SLSQP", bounds=[(-20, 0)] * n, options={"maxiter": 500})
+        assert result.fun >= 1 - 1e-9
+    assert value(start) == pytest.approx(1.0, rel=1e-12)
+    at_one = found.value > 1 - 1e-12
+    price = (beta - (load / found.value).sum()) / (constant + found.value @ cost)
+    inner = load / found.value**2 - price * cost  # the conditions of Karush, Kuhn and Tucker
+    np.testing.assert_allclose(inner[~at_one], 0.0, atol=1e-7 * (price * cost)[~at_one].max(initial=1e-9))
+    assert (inner[at_one] >= -1e-9).all()
+
+
+def test_without_caps_the_closed_form_holds() -> None:
+    rng = np.random.default_rng(0)
+    a, w, cost, beta = rng.dirichlet(np.ones(30) * 5), rng.uniform(1, 2, 30), rng.lognormal(0, 0.5, 30), 20.0
+    found = best_probabilities(w * a**2, cost, 7.0, beta)
+    root = (a * np.sqrt(w * cost)).sum()
+    expected = 2 / beta * a * np.sqrt(w / cost) * root
+    assert expected.max() < 1
+    np.testing.assert_allclose(found.value, expected, rtol=1e-10)
+    assert (w * a**2 / found.value).sum() == pytest.approx(beta / 2)
+    assert found.objective == pytest.approx(4 * 7.0 / beta**2 * root**2)
+
+
+def test_a_target_out_of_reach_is_reported_with_the_clients_and_is_no_probability() -> None:
+    found = best_probabilities([0.01, 0.5, 0.02, 0.01], np.ones(4), 1.0, 0.5)
+    assert found.status == "infeasible"
+    assert "client" in found.message
+    assert "1" in found.message
+    assert np.isnan(found.value).all()
+    problem = random_fleet(3)
+    stuck = JointProblem.of(problem.weight, problem.compute, problem.upload, problem.ratio, 1.0, RoundModel(1.0, 1e-6))
+    answer = solve(stuck)
+    assert answer.solution.status == "infeasible"
+    assert answer.decision is None
+    assert answer.solution.objective == np.inf
+
+
+def test_a_client_without_cost_always_joins_and_one_without_weight_never() -> None:
+    found = best_probabilities([0.1, 0.0, 0.1], [0.0, 1.0, 5.0], 1.0, 1.0)
+    assert found.value[0] == 1.0
+    assert found.value[1] == 0.0
+    assert 0.0 < found.value[2] < 1.0
+
+
+# ------------------------------------------------------------------------------------------------- choices, brute force
+
+
+def all_choices(problem: Choices):
+    return (np.array(c) for c in itertools.product(range(problem.load.shape[1]), repeat=len(problem.load)))
+
+
+def brute_force(problem: Choices) -> float:
+    """Return the least objective over all choices, with the exact q for each."""
+    best = np.inf
+    for choice in all_choices(problem):
+        one = problem.only(choice)
+        if not np.isfinite(one.cost).all():
+            continue
+        gain = 1.0 if one.smoothness is None else one.smoothness.sum()
+        found = best_probabilities(one.load[:, 0], one.cost[:, 0], problem.alpha, problem.beta, problem.constant)
+        best = min(best, gain * found.objective)
+    return best
+
+
+@pytest.mark.parametrize("form", ["V", "S", "V+S"])
+@pytest.mark.parametrize("seed", range(6))
+def test_additive_time_equals_brute_force_over_all_sizes(form: str, seed: int) -> None:
+    problem = random_fleet(seed, 2 + seed % 4, form, fixed=0.0)
+    choices = problem.choices(problem.compute + problem.upload / problem.bandwidth, 0.0)
+    found = best_choices(choices)
+    assert found.objective == pytest.approx(brute_force(choices), rel=1e-9 if form == "V" else 1e-3)
+    q, choice = found.value["probability"], found.value["choice"]
+    assert choices.objective(q, choice) == pytest.approx(found.objective)
+    assert found.status == ("optimal" if form == "V" else "feasible")
+
+
+@pytest.mark.slow
+def test_additive_time_equals_brute_force_for_eight_clients() -> None:
+    problem = random_fleet(
+        11, 8, "V", ratios=(0.25, 0.5, 1.0), allowed=np.tile([[True] * 3, [True, True, False]], (4, 1))
+    )
+    choices = problem.choices(problem.compute + problem.upload / problem.bandwidth, 0.5)
+    assert best_choices(choices).objective == pytest.approx(brute_force(choices), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_form_s_has_the_same_value_from_every_order_of_clients(seed: int) -> None:
+    problem = random_fleet(seed, 9, "S")
+    choices = problem.choices(problem.compute + problem.upload / problem.bandwidth, 0.0)
+    value = best_choices(choices).objective
+    order = np.random.default_rng(seed).permutation(9)
+    turned = Choices(
+        choices.load[order], choices.cost[order], choices.alpha, choices.beta, 0.0, choices.smoothness[order]
+    )
+    assert best_choices(turned).objective == pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.parametrize("form", ["V", "V+S"])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_deadline_branch_equals_brute_force_over_thresholds_and_sizes(form: str, seed: int) -> None:
+    problem = random_fleet(seed, 4, form, ratios=(0.25, 0.5, 1.0), idle=0.0)
+    judge = Judge(problem, None)
+    found = deadline(problem, judge)
+    best = np.inf
+    for theta in np.unique(problem.compute):
+        within = problem.compute <= theta
+        if within.any(axis=1).all():
+            cost = problem.upload / problem.bandwidth
+            best = min(best, brute_force(problem.choices(cost, problem.fixed + theta, within)))
+    used = problem.times(found.choice).compute.max()
+    sending = found.probability @ problem.times(found.choice).upload / problem.bandwidth
+    value = found.rounds * (problem.fixed + used + sending)
+    assert value <= best * (1 + 1e-3)
+    assert found.total_seconds <= value * (1 + 1e-12)
+
+
+def test_more_components_are_always_better_under_form_v_and_additive_time() -> None:
+    """The warning of the specification: with this bound alone, sketching never pays."""
+    for seed in range(20):
+        problem = random_fleet(seed)
+        found = additive(problem, Judge(problem, None))
+        assert (found.choice == len(RATIOS) - 1).all()
+
+
+def test_sizes_that_do_not_fit_are_never_chosen() -> None:
+    rng = np.random.default_rng(2)
+    allowed = np.column_stack([np.ones(25, bool), rng.random((25, 3)) < 0.5])
+    for form in ("V", "S"):
+        problem = random_fleet(5, 25, form, allowed=allowed)
+        answer = solve(problem, polish_evaluations=300)
+        for name in ("additive", "deadline", "slowest"):
+            assert name in answer.candidates
+        assert allowed[np.arange(25), answer.decision.choice].all()
+
+
+# ------------------------------------------------------------------------------------------------------------- solve
+
+
+def true_optimum(problem: JointProblem) -> float:
+    """Return the least R E[T] over all sizes, q by SLSQP from several starts, every cohort enumerated."""
+    best = np.inf
+    size = problem.size
+    for sizes in itertools.product(range(len(problem.ratio)), repeat=size):
+        choice = np.array(sizes)
+        scale = exact_total(problem, np.ones(size), choice)
+        if not np.isfinite(scale):
+            continue
+
+        def value(z, choice=choice, scale=scale):
+            total = exact_total(problem, np.exp(z), choice)
+            return min(total / scale, 1e3)
+
+        for start in (-1e-3, -0.5, -1.5):
+            found = minimize(value, np.full(size, start), method="SLSQP", bounds=[(-12, 0)] * size)
+            best = min(best, scale * found.fun)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("form", ["V", "S"])
+def test_solve_is_within_a_thousandth_of_brute_force_on_the_true_time(seed: int, form: str) -> None:
+    problem = random_fleet(100 + seed, 3, form, ratios=(0.25, 1.0))
+    answer = solve(problem, baselines=False, scenarios=8)
+    assert answer.solution.objective == pytest.approx(exact_total(problem, *decision_of(answer)), rel=1e-12)
+    assert answer.solution.objective <= true_optimum(problem) * 1.001
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_point_of_a_fine_grid_is_better(seed: int) -> None:
+    problem = random_fleet(200 + seed, 2, ratios=(0.5, 1.0))
+    answer = solve(problem, baselines=False, scenarios=4)
+    grid = np.geomspace(1e-2, 1.0, 60)
+    best = min(
+        exact_total(problem, np.array(q), np.array(c))
+        for c in itertools.product(range(2), repeat=2)
+        for q in itertools.product(grid, repeat=2)
+    )
+    assert answer.solution.objective <= best * 1.001
+
+
+def decision_of(answer):
+    return answer.decision.probability, answer.decision.choice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(10))
+def test_never_worse_than_any_baseline_before_they_are_candidates(block: int) -> None:
+    """200 random fleets; the baselines have their best expected cohort size."""
+    for seed in range(20 * block, 20 * block + 20):
+        never_worse(random_fleet(seed))
+
+
+@pytest.mark.parametrize("seed", range(1000, 1006))
+@pytest.mark.parametrize("form", ["V", "V+S"])
+def test_never_worse_than_any_baseline_on_a_few_fleets(seed: int, form: str) -> None:
+    never_worse(random_fleet(seed, 12, form))
+
+
+def never_worse(problem: JointProblem) -> None:
+    judge = Judge.of(problem, 256)
+    gradients = np.random.default_rng(problem.size).uniform(0.5, 2.0, problem.size)
+    ours = solve(problem, baselines=False, scenarios=256)
+    assert set(ours.candidates) == set(OURS)
+    theirs = baseline_decisions(problem, judge, gradients)
+    assert "full" in theirs
+    for name, found in theirs.items():
+        assert ours.solution.objective <= found.total_seconds * (1 + 1e-9), name
+    plain = {"1/N": np.full(problem.size, 1 / problem.size), "a": problem.weight}  # as published, not scaled
+    largest = np.full(problem.size, len(RATIOS) - 1)
+    for q in plain.values():
+        assert ours.solution.objective <= judge.decision(q, largest).total_seconds * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("form", ["V", "S", "V+S"])
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_is_below_the_lower_bound(form: str, seed: int) -> None:
+    problem = random_fleet(seed, 8, form)
+    answer = solve(problem, scenarios=256, polish_evaluations=400)
+    assert answer.lower_bound <= min(answer.candidates.values()) * (1 + 1e-9)
+    assert answer.gap >= -1e-9
+    rng = np.random.default_rng(seed)
+    for _ in range(60):
+        q, choice = rng.uniform(0.05, 1, 8), rng.integers(0, 4, 8)
+        assert exact_total(problem, q, choice) >= answer.lower_bound * (1 - 1e-9)
+    assert least_seconds(problem) == answer.lower_bound
+
+
+def test_the_branch_is_the_best_candidate_and_equal_problems_have_equal_answers() -> None:
+    problem = random_fleet(7, 30)
+    one, other = solve(problem), solve(problem)
+    assert one.candidates == other.candidates
+    assert np.array_equal(one.decision.probability, other.decision.probability)
+    assert one.candidates[one.branch] == min(one.candidates.values()) == one.solution.objective
+    assert one.decision.rounds * one.decision.round_seconds == one.solution.objective
+
+
+def test_descent_on_the_bound_and_on_the_mean_never_goes_up() -> None:
+    for seed in range(8):
+        problem = random_fleet(seed, 20, idle=0.0)
+        by_bound = Judge(problem, None)
+        start = deadline(problem, by_bound)
+        end = slowest(problem, by_bound, start)
+        assert end.total_seconds <= start.total_seconds * (1 + 1e-12)
+        assert end.round_seconds == pytest.approx(slowest_bound(problem.times(end.choice), end.probability))
+        answer = solve(problem, polish_evaluations=200)
+        assert answer.candidates["polish"] <= min(answer.candidates[name] for name in OURS[:3]) * (1 + 1e-12)
+
+
+def test_the_budget_of_the_descent_counts_and_large_fleets_have_none() -> None:
+    problem = random_fleet(9, 30)
+    values = [solve(problem, baselines=False, polish_evaluations=n).solution.objective for n in (0, 150, 1500)]
+    assert values[0] >= values[1] >= values[2]
+    assert values[0] > values[2]
+    large = solve(random_fleet(3, 1200))
+    assert set(large.candidates) == {"additive", "deadline", "slowest"}
+
+
+def test_joint_beats_probabilities_alone_where_computing_dominates() -> None:
+    """Stragglers: half of the fleet computes slowly in proportion to its size; only a smaller size helps them."""
+    ratio, slow = np.array(RATIOS), np.repeat([1.0, 12.0], 10)
+    upload = np.tile([1.0, 10.0], 10)[:, None] * ratio
+    problem = JointProblem.of(np.full(20, 0.05), slow[:, None] * ratio, upload, ratio, 10.0, RoundModel(10.0, 0.3))
+    answer = solve(problem)
+    assert answer.solution.objective < 0.95 * answer.candidates["q-only"]
+    assert answer.solution.objective < 0.95 * answer.candidates["k-only"]
+    assert answer.decision.choice[10:].mean() < answer.decision.choice[:10].mean()
+
+
+def test_an_equal_split_of_the_band_takes_longer() -> None:
+    problem = random_fleet(4, 25)
+    equal = random_fleet(4, 25, split="equal")
+    assert solve(equal).solution.objective > solve(problem).solution.objective
+
+
+# ------------------------------------------------------------------------------------------------------- predecessor
+
+
+def test_the_published_scan_is_feasible_and_costs_more_than_the_optimum() -> None:
+    rng = np.random.default_rng(0)
+    weight, upload, band = rng.dirichlet(np.ones(10) * 20), rng.lognormal(0, 1, 10), 2.0
+    alpha, beta = 28.47446875, 2.204250694  # the constants of that code, for its CNN
+    found = published_scan(weight, upload, band, alpha, beta)
+    q = found.value
+    assert ((q > 10 * weight**2 / beta) & (q <= 1)).all()
+    rounds = split_rounds(RoundModel(alpha, beta), weight, 1.0, q, 1.0)
+    assert found.objective == pytest.approx(rounds * float(q @ upload) / band, rel=1e-9)
+
+    def value(z):
+        p = np.exp(z)
+        return split_rounds(RoundModel(alpha, beta), weight, 1.0, p, 1.0) * float(p @ upload) / band / found.objective
+
+    best = minimize(lambda z: min(value(z), 1e3), np.log(q), method="SLSQP", bounds=[(-9, 0)] * 10)
+    assert best.fun < 1.0
+    full = split_rounds(RoundModel(alpha, beta), weight, 1.0, np.ones(10), 1.0) * upload.sum() / band
+    assert found.objective < full
+
+
+def test_the_surrogate_program_is_solved() -> None:
+    from airtune.solvers.sampling_baselines import _surrogate
+
+    rng = np.random.default_rng(1)
+    n = 5
+    least, seconds = rng.uniform(0.02, 0.1, n), rng.lognormal(0, 0.5, n)
+    total, scale, slope = 0.5 * (least @ seconds + seconds.sum()), 2.0, 7.0
+    q = _surrogate(least, seconds, total, scale, slope)
+    assert q @ seconds == pytest.approx(total)
+
+    def value(p):
+        return (scale * p * np.log(scale * p) - np.log(slope * (p - least))).sum()
+
+    constraint = {"type": "eq", "fun": lambda p: p @ seconds - total}
+    bounds = [(low + 1e-6, 1.0) for low in least]
+    reference = minimize(value, q * 0.99, method="SLSQP", bounds=bounds, constraints=[constraint])
+    assert value(q) <= reference.fun + 1e-6
+    np.testing.assert_allclose(q, reference.x, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("ratio", (0.5, 0.25)), ("ratio", (0.5, 1.5)), ("allowed", False), ("noise_weight", 0.0), ("bandwidth", 0.0)],
+)
+def test_bad_problems_are_refused(field: str, value) -> None:
+    fields = {"weight": [0.5, 0.5], "compute": 1.0, "upload": 1.0, "ratio": (0.5, 1.0), "bandwidth": 1.0}
+    fields |= {"model": RoundModel(1.0, 1.0), field: value}
+    with pytest.raises(InputError, match=field):
+        JointProblem.of(**fields)
