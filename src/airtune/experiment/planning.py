@@ -25,7 +25,7 @@ from airtune.simulation.cell import Cell
 from airtune.simulation.costs import CostModel
 from airtune.streams import stream
 from airtune.training.catalogue import read_config
-from airtune.training.shapes import adapter_shape
+from airtune.training.shapes import adapter_shape, placement_of
 from airtune.types import ClientTask, Floats, Group, Observation, Pending, Plan, ServerModel
 from airtune.wireless.units import linear_to_db
 
@@ -159,7 +159,7 @@ def _sizes_only(shape: AdapterShape) -> Adapter:
             )
             for name, s in shape.slots.items()
         },
-        placement={name: (name,) for name in shape.slots},
+        placement=placement_of(shape),
         layer={name: slot.layer for name, slot in shape.slots.items()},
         num_layers=shape.num_layers,
         extras={name: zeros(*size) for name, size in shape.extras.items()},

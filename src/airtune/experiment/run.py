@@ -80,11 +80,11 @@ def start(experiment: Experiment, folder: Path, session: Session) -> Plain:
     store = new_store(folder)
     try:
         bench = build(experiment, session.workshop)
+        progress = begin(bench.experiment.method, bench.start, bench.cell)
     except BaseException:
         folder.rmdir()
         raise
     store.write_head(_first_head(bench, session.command))
-    progress = begin(bench.experiment.method, bench.start, bench.cell)
     checkpoint.save(store.checkpoint, progress, digest(bench.experiment))
     return _run(bench, store, progress, session)
 
