@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from airtune.lora import AdapterSlice
 from airtune.streams import stream
+from airtune.training.data import TokenizedData, client_batches
+from airtune.types import ClientTask
 from small_world import LAYERS, RANK, make_adapter, make_cell, make_task
 
 ADAPTER = make_adapter()
@@ -78,6 +80,29 @@ def test_epochs_follow_the_data() -> None:
         assert COSTS.compute_flops(make_task(client, ADAPTER, training=epochs)) == pytest.approx(
             tuple(steps * f for f in one)
         )
+
+
+@given(st.integers(1, 90), st.integers(1, 40), st.integers(1, 3))
+def test_the_rows_that_are_charged_are_those_that_are_trained(examples: int, batch: int, epochs: int) -> None:
+    costs = make_cell(num_examples=[examples] * 4).costs
+    one = sum(make_cell(num_examples=[1] * 4).costs.compute_flops(_with(local_steps=1, batch_size=1)))
+    charged = sum(costs.compute_flops(_with(local_steps=None, epochs=float(epochs), batch_size=batch))) / one
+    tokens = TokenizedData(
+        ids=np.zeros(examples, np.int32),
+        offsets=np.arange(examples + 1),
+        labels=np.zeros(examples, np.int64),
+        num_labels=2,
+        label_names=("a", "b"),
+        pad_id=0,
+        max_length=4,
+    )
+    batches = client_batches(tokens, np.arange(examples), batch, rng=stream(0, "test"), epochs=epochs)
+    assert charged == pytest.approx(sum(len(rows) for rows in batches))
+
+
+def _with(**changes: object) -> ClientTask:
+    task = make_task(0, ADAPTER)
+    return replace(task, training=replace(task.training, **changes))  # type: ignore[arg-type]
 
 
 def test_memory_grows_with_depth_and_batch() -> None:

@@ -23,7 +23,7 @@ _Key = tuple[int, int, float, int]  # identities of two slices, tokens, batch si
 
 @dataclass(frozen=True)
 class _Known:
-    """FLOPs of one step and bytes at its peak; holds the slices, so that their identities stay theirs."""
+    """FLOPs of one row and bytes at the peak of a step; holds the slices, so that their identities stay theirs."""
 
     train: AdapterSlice
     receive: AdapterSlice
@@ -66,8 +66,9 @@ class CostModel:
     def compute_flops(self, task: ClientTask) -> tuple[float, float]:
         """Return the forward and the backward FLOPs of the task's local training, all steps together."""
         steps = task.training.steps(int(self.fleet.num_examples[task.client]))
+        rows = steps * self._rows_of_a_step(task)
         one = self._of(task)
-        return steps * one.forward, steps * one.backward
+        return rows * one.forward, rows * one.backward
 
     def compute_seconds(self, task: ClientTask) -> float:
         """Return the seconds of local training at the client's current speed."""
@@ -93,9 +94,15 @@ class CostModel:
         """Return the bytes that training needs at its peak."""
         return self._of(task).memory_bytes
 
+    def _rows_of_a_step(self, task: ClientTask) -> float:
+        """Return the mean rows of a step: a client goes through its examples in batches of which the last is smaller."""
+        examples, batch = int(self.fleet.num_examples[task.client]), task.training.batch_size
+        return examples / -(-examples // batch) if examples else float(batch)
+
     def _of(self, task: ClientTask) -> _Known:
-        """Return the costs of one step, computed once for all clients that share slices, batch size and tokens."""
-        length, batch = float(self.tokens[task.client]), task.training.batch_size
+        """Return the costs of training, computed once for all clients that share slices, batch size and tokens."""
+        examples, length = int(self.fleet.num_examples[task.client]), float(self.tokens[task.client])
+        batch = min(task.training.batch_size, examples) if examples else task.training.batch_size
         key = (id(task.train), id(task.receive), length, batch)
         if key not in self._known:
             self._known[key] = self._step_costs(task, length, batch)
@@ -103,12 +110,12 @@ class CostModel:
 
     def _step_costs(self, task: ClientTask, length: float, batch: int) -> _Known:
         trained, frozen = self._ranks(task)
-        forward = forward_flops(self.network, trained + frozen, length, batch, self.head, self.classes)
+        forward = forward_flops(self.network, trained + frozen, length, 1, self.head, self.classes)
         backward = backward_flops(
             self.network,
             trained,
             length,
-            batch,
+            1,
             self.head,
             self.classes,
             frozen_ranks=frozen,
