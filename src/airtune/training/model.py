@@ -23,7 +23,7 @@ from airtune.streams import torch_seed
 from airtune.training.dora import RowGain, decomposed
 from airtune.training.hardware import BASE_TYPE, Precision, checked_device, checked_precision
 from airtune.training.layers import head_parameters, hook_gain, inject_layers, install_parts, set_parameter
-from airtune.training.shapes import ModelConfig, adapter_shape, gain_name, is_gain
+from airtune.training.shapes import ModelConfig, adapter_shape, gain_name, is_gain, placement_of
 from airtune.types import ServerModel
 
 NOTHING = AdapterSlice({}, outside="frozen", extras=False)
@@ -121,7 +121,7 @@ class FederatedModel:
             self.network.set_attn_implementation("eager")  # torch's fused attention is slow backwards in bf16 on a CPU
         self.network.config.use_cache = False
         self.pad_token_id = _set_pad_token(self.network.config)
-        self._layers = inject_layers(self.network, tuple(self.shape.slots))
+        self._layers = inject_layers(self.network, tuple(placement_of(self.shape)))
         self.transposed = next(iter(self._layers.values())).fan_in_fan_out
         self._check_sizes()
         self.show(ServerModel(self.initial_adapter(0)))
@@ -146,7 +146,7 @@ class FederatedModel:
             factors[name] = LoraFactors(A=rows, B=columns, scaling=slot.scaling)
         return Adapter(
             factors=factors,
-            placement={name: (name,) for name in factors},
+            placement=placement_of(shape),
             layer={name: slot.layer for name, slot in shape.slots.items()},
             num_layers=shape.num_layers,
             extras={name: self._initial_extra(seed, place, name) for place, name in enumerate(shape.extras)},
@@ -262,10 +262,11 @@ class FederatedModel:
 
     def _check_sizes(self) -> None:
         """Compare what config.json promised with the layers that are there."""
-        for name, slot in self.shape.slots.items():
-            found = (self._layers[name].in_features, self._layers[name].out_features)
-            if found != (slot.in_features, slot.out_features):
-                raise ValueError(f"{name} has sizes {found}, config.json promised {slot}")
+        for slot in self.shape.slots.values():
+            for module in slot.modules:
+                found = (self._layers[module].in_features, self._layers[module].out_features)
+                if found != (slot.in_features, slot.out_features):
+                    raise ValueError(f"{module} has sizes {found}, config.json promised {slot}")
         head = {name for name, _ in head_parameters(self.network)} if self.config.task != "causal-lm" else set()
         if missing := head - set(self.shape.extras):
             raise ValueError(f"the head has tensors that the adapter does not carry: {sorted(missing)}")

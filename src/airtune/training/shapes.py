@@ -6,17 +6,18 @@ checked: a test builds a random model of each and compares. A family that is not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from airtune.errors import InputError, unknown_name
 from airtune.lora import AdapterShape, SlotShape, lora_scaling
 
 Task = Literal["sequence-classification", "causal-lm"]
-AdapterKind = Literal["lora", "rslora", "dora"]
+AdapterKind = Literal["lora", "rslora", "dora", "msp-lora"]
 TASKS: tuple[Task, ...] = ("sequence-classification", "causal-lm")
-ADAPTER_KINDS: tuple[AdapterKind, ...] = ("lora", "rslora", "dora")
+ADAPTER_KINDS: tuple[AdapterKind, ...] = ("lora", "rslora", "dora", "msp-lora")
+LEVELS = 3  # of msp-lora: all layers, a group of layers, one layer
 ConfigJson = Mapping[str, Any]
 Sizes = dict[str, tuple[int, int]]
 
@@ -32,8 +33,10 @@ class ModelConfig:
     target_modules : ends of the names of the linear layers that are adapted (``("query", "value")``), or
         ``("all-linear",)``. Empty: the usual choice for the family, its query and value projections.
     adapter : "lora"; "rslora": the scaling is alpha / sqrt(rank) (arXiv 2312.03732); "dora": the norms of the weights'
-        rows are trained, too (arXiv 2402.09353, `airtune.training.dora`).
-    rank : number of components of each slot, unless a method wants another profile.
+        rows are trained, too (arXiv 2402.09353, `airtune.training.dora`); "msp-lora": a LoRA that all layers share, one
+        for each third of the layers, and one of each layer's own (arXiv 2503.21838).
+    rank : number of components of each slot, unless a method wants another profile. With msp-lora that of what all
+        layers share; half of it, and a quarter of it, for the other two.
     alpha : the scaling is alpha / rank.
     rank_stabilized : alpha / sqrt(rank) instead, for any kind of adapter.
     train_pooler : whether BERT's pooler is trained, sent and counted with the head; by default it stays frozen.
@@ -63,6 +66,8 @@ class ModelConfig:
             raise InputError(f"model.rank: {self.rank} is no rank; valid: 1 or more")
         if not self.alpha > 0:
             raise InputError(f"model.alpha: {self.alpha} must be positive")
+        if self.adapter == "msp-lora" and self.rank < 2 ** (LEVELS - 1):
+            raise InputError(f"model.rank: msp-lora divides rank {self.rank} by 2 and by 4; valid: 4 or more")
 
     @property
     def scaling(self) -> float:
@@ -252,10 +257,12 @@ def adapter_shape(
             "valid: sequence-classification"
         )
     targets = _targets(linear_layers(config_json), model.target_modules or family.targets)
-    unknown = set(ranks or {}) - {layer.name for layer in targets}
-    if unknown:
-        raise unknown_name("ranks", min(unknown), [layer.name for layer in targets])
-    slots = {layer.name: _slot(layer, (ranks or {}).get(layer.name, model.rank), model) for layer in targets}
+    slots = {layer.name: _slot((layer,), model.rank, model) for layer in targets}
+    if model.adapter == "msp-lora":
+        slots = _shared_slots(targets, family.layers, _number(config_json, family.depth), model)
+    if unknown := set(ranks or {}) - set(slots):
+        raise unknown_name("ranks", min(unknown), slots)
+    slots = {name: _with_rank(name, slot, (ranks or {}).get(name, slot.rank), model) for name, slot in slots.items()}
     extras = _head(config_json, model, num_labels)
     if model.adapter == "dora":
         extras |= {gain_name(name): (slot.out_features,) for name, slot in slots.items()}
@@ -306,11 +313,50 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def _slot(layer: LinearLayer, rank: int, model: ModelConfig) -> SlotShape:
-    limit = min(layer.in_features, layer.out_features)
+def _slot(layers: Sequence[LinearLayer], rank: int, model: ModelConfig) -> SlotShape:
+    """Return the slot that acts in some layers of one size."""
+    first = layers[0]
+    names = tuple(layer.name for layer in layers)
+    return SlotShape(rank, first.in_features, first.out_features, first.layer, names, model.scaling)
+
+
+def _with_rank(name: str, slot: SlotShape, rank: int, model: ModelConfig) -> SlotShape:
+    if model.adapter == "msp-lora" and rank != slot.rank:
+        raise InputError(
+            "model.adapter: msp-lora has ranks of its own, by level; valid: a method that takes the ranks as they are"
+        )
+    limit = min(slot.in_features, slot.out_features)
     if not 0 <= rank <= limit:
-        raise InputError(f"model.rank: rank {rank} does not fit {layer.name!r}; valid: at most {limit}")
-    return SlotShape(rank, layer.in_features, layer.out_features, layer.layer, (layer.name,), model.scaling)
+        raise InputError(f"model.rank: rank {rank} does not fit {name!r}; valid: at most {limit}")
+    return replace(slot, rank=rank)
+
+
+def _shared_slots(targets: Sequence[LinearLayer], layers: str, depth: int, model: ModelConfig) -> dict[str, SlotShape]:
+    """Return MSPLoRA's slots: those that all layers share, those of each third of the layers, and each layer's own.
+
+    Only modules of the same name inside a layer and of the same size share. Layer l belongs to third floor(3 l / L).
+    """
+    found: tuple[dict[str, list[LinearLayer]], ...] = ({}, {}, {})
+    for layer in targets:
+        inner = layer.name.removeprefix(layers.format(layer.layer) + ".")
+        kind = f"{inner}.{layer.in_features}x{layer.out_features}"
+        third = layer.layer * LEVELS // depth
+        for level, name in enumerate((f"all.{kind}", f"third{third}.{kind}", layer.name)):
+            found[level].setdefault(name, []).append(layer)
+    return {
+        name: _slot(members, model.rank // 2**level, model)
+        for level, slots in enumerate(found)
+        for name, members in slots.items()
+    }
+
+
+def placement_of(shape: AdapterShape) -> dict[str, tuple[str, ...]]:
+    """Return module -> the slots that act there, in the order of the slots."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, slot in shape.slots.items():
+        for module in slot.modules:
+            found[module] = (*found.get(module, ()), name)
+    return found
 
 
 def _head(config_json: ConfigJson, model: ModelConfig, num_labels: int | None) -> dict[str, tuple[int, ...]]:
