@@ -7,6 +7,7 @@ SI units: seconds, Hz, W, J, bits, bytes. Arrays written ``[clients]`` have one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -149,7 +150,7 @@ class LocalTraining:
     Attributes
     ----------
     local_steps : optimizer steps per round; None: `epochs` passes over the client's own data.
-    epochs : passes over the client's data when `local_steps` is None.
+    epochs : passes over the client's data when `local_steps` is None, each of ceil(examples / batch_size) steps.
     batch_size : examples per step.
     learning_rate : of the LoRA factors; `head_learning_rate` of the extras (None: the same).
     optimizer : a name of `airtune.optimizers` ("adamw", "sgd", "lora-plus", "lora-rite", "lora-pro", "galore"), or one
@@ -194,7 +195,7 @@ class LocalTraining:
         """Return the optimizer steps of a client with that many examples (at least one)."""
         if self.local_steps is not None:
             return self.local_steps
-        return max(1, int(np.ceil(self.epochs * num_examples / self.batch_size)))
+        return max(1, math.ceil(self.epochs * -(-num_examples // self.batch_size)))
 
 
 @dataclass(frozen=True)

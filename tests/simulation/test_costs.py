@@ -75,7 +75,7 @@ def test_seconds_and_joules_follow_the_device() -> None:
 def test_epochs_follow_the_data() -> None:
     epochs = replace(make_task(0, ADAPTER).training, local_steps=None, epochs=2.0)
     for client, examples in enumerate(COSTS.fleet.num_examples):
-        steps = int(np.ceil(2.0 * examples / epochs.batch_size))
+        steps = int(2 * np.ceil(examples / epochs.batch_size))
         one = COSTS.compute_flops(make_task(client, ADAPTER, training=replace(epochs, local_steps=1)))
         assert COSTS.compute_flops(make_task(client, ADAPTER, training=epochs)) == pytest.approx(
             tuple(steps * f for f in one)
