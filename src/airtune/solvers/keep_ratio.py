@@ -5,7 +5,7 @@
 
 is not jointly convex. At a fixed tau it is: s_k = ((tau - compute_k) R_k(w_k) - D_0) / D is concave in w_k, so the
 error is convex and falling in w_k, and one price per Hz equalises the marginal gains -V p_k e_k'(s_k) s_k'(w_k) of all
-clients off their bounds (`SeparableBand`). What is really sent is a whole number of components: see
+clients off their bounds. What is really sent is a whole number of components: see
 `airtune.solvers.drift_plus_penalty`, whose relaxation this is.
 """
 
@@ -16,10 +16,10 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
 
 from airtune.errors import InputError
 from airtune.solvers.equal_finish import equal_finish
-from airtune.solvers.separable import SeparableBand
 from airtune.solvers.solution import Solution, finite_array, infeasible
 from airtune.wireless.rate import achievable_rate, bandwidth_for_rate, rate_derivative
 
@@ -98,23 +98,33 @@ class PowerError:
         """Return w by Newton's method on the logarithm of the marginal gain, inside a bracket."""
         if self.exponent == 1.0:
             return np.clip(band.for_rate_slope(price * band.bits / (self.scale * band.left)), lower, upper)
-        low, high = lower.copy(), upper.copy()
-        w = np.sqrt(np.maximum(low, 1e-300) * high)
-        target = np.log(price)
+        low, high = np.maximum(lower, 1e-12 * upper), upper.copy()
+        stays = self._log_gain(low, band) <= np.log(price)  # not worth more than the least
+        fills = self._log_gain(high, band) >= np.log(price)
+        w = np.where(stays, lower, np.where(fills, upper, np.sqrt(low * high)))
+        active = ~(stays | fills)
         for _ in range(60):
-            gap = np.maximum(1.0 - band.ratio(w), 0.0)
-            gain = band.ratio_slope(w)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                value = np.log(self.slope(1.0 - gap)) + np.log(gain) - target
-                bend = -band.left * band.peak**2 / (_LN2 * band.bits * w * (w + band.peak) ** 2)  # s''(w)
-                step = -value / (-(self.exponent - 1.0) * gain / gap + bend / gain)
+            value = self._log_gain(w, band) - np.log(price)
             low, high = np.where(value > 0.0, w, low), np.where(value > 0.0, high, w)
-            new = np.where((w + step > low) & (w + step < high), w + step, 0.5 * (low + high))
-            done = np.abs(new - w) <= 1e-14 * w
-            w = new
-            if done.all():
+            with np.errstate(divide="ignore", invalid="ignore"):
+                new = w * np.exp(-value / (w * self._log_gain_slope(w, band)))
+            new = np.where((new >= low) & (new <= high), new, np.sqrt(low * high))
+            moved = np.abs(new - w) > 1e-12 * w
+            w = np.where(active, new, w)
+            if not (moved & active).any():
                 break
         return np.clip(w, lower, upper)
+
+    def _log_gain(self, w: Array, band: RateBand) -> Array:
+        """Return the logarithm of -de/dw."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.slope(band.ratio(w))) + np.log(band.ratio_slope(w))
+
+    def _log_gain_slope(self, w: Array, band: RateBand) -> Array:
+        """Return the derivative of that, negative: with s' the slope of the ratio and s'' its bend."""
+        slope = band.ratio_slope(w)
+        bend = -band.left * band.peak**2 / (_LN2 * band.bits * w * (w + band.peak) ** 2)
+        return -(self.exponent - 1.0) * slope / np.maximum(1.0 - band.ratio(w), 1e-300) + bend / slope
 
 
 @dataclass(frozen=True)
@@ -200,17 +210,30 @@ class RatioProblem:
             lower = lower / excess
         upper = np.maximum(np.minimum(band.needed(1.0), total), lower)
 
-        def ratio(w: Array) -> Array:
-            return np.clip(band.ratio(w), self.least_ratio, 1.0)
+        width = upper if upper.sum() <= total else self._at_price(band, lower, upper)
+        ratio = np.clip(band.ratio(width), self.least_ratio, 1.0)
+        return Solution(width, "optimal", float((self.weights * self.error.error(ratio)).sum()), 1)
 
-        return SeparableBand(
-            cost=lambda w: self.weights * self.error.error(ratio(w)),
-            slope=lambda w: self.weights * self.error.slope(ratio(w)) * band.ratio_slope(w),
-            for_slope=lambda price: self.error.bandwidth(price / self.weights, band, lower, upper),
-            lower=lower,
-            upper=upper,
-            total=total,
-        ).solve()
+    def _at_price(self, band: RateBand, lower: Array, upper: Array) -> Array:
+        """Return the bandwidths at the price per Hz at which demand equals the band, found by Brent's method."""
+
+        def demand(log_price: float) -> Array:
+            return self.error.bandwidth(np.exp(log_price) / self.weights, band, lower, upper)
+
+        def excess(log_price: float) -> float:
+            return float(np.log(demand(log_price).sum() / self.total_bandwidth))
+
+        low = high = float(np.log(1.0 / self.total_bandwidth))
+        while excess(low) < 0.0 and low > -700.0:
+            low -= 4.0
+        while excess(high) > 0.0 and high < 700.0:
+            high += 4.0
+        price = high if low == high else float(brentq(excess, low, high, xtol=1e-13, rtol=1e-14))
+        width = demand(price)
+        free = width * ((width > lower) & (width < upper))
+        if free.sum() > 0.0:  # what rounding left of the band
+            width = width + free / free.sum() * (self.total_bandwidth - width.sum())
+        return np.clip(width, lower, upper)
 
 
 def best_keep_ratios(problem: RatioProblem, grid: int = 40) -> Solution:
@@ -281,6 +304,6 @@ def snr_for_rate_slope(y: ArrayLike) -> Array:
         value = np.where(x < 1e-3, series, np.log1p(x) - inverse)
         step = np.clip(np.log(value / positive) * value / (inverse * inverse), -2.0, 2.0)
         x = x * np.exp(-step)
-        if np.all(np.abs(step) < 1e-15):
+        if np.all(np.abs(step) < 1e-13):
             break
     return np.where(wanted > 0.0, x, 0.0)
