@@ -146,6 +146,13 @@ def test_variants_are_names(tmp_path: Path) -> None:
     assert read_experiment(slow.plain(), "slow") == slow
 
 
+def test_minus_and_underscore_are_equal_in_names_of_methods() -> None:
+    made = file(method={"name": "ffa_lora", "cohort_size": 1})
+    assert made.experiment() == made.experiment("ffa_lora") == made.experiment("ffa-lora")
+    assert made.experiment().label == made.experiment().method_name == "ffa-lora"
+    assert made.experiment().method.cohort_size == 1  # type: ignore[attr-defined]
+
+
 def test_a_variant_of_the_files_method_keeps_its_fields_and_another_method_does_not() -> None:
     made = file(method={"name": "legend", "slope": 0.5}, variant={"flat": {"method": "legend", "profile": "uniform"}})
     flat: Any = made.experiment("flat").method

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -273,6 +275,29 @@ def test_a_client_that_diverges_is_named_and_the_round_recorded(
         assert [lost["reason"] for lost in line["dropped"]] == ["diverged"]
         assert line["dropped"][0]["client"] in line["cohort"]
         assert line["dropped"][0]["client"] not in line["arrived"]
+
+
+def test_a_full_disk_is_no_result_and_the_last_whole_round_stays(
+    file: Path, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(experiment(file, stop__rounds=4), tmp_path / "whole", session)
+    honest, sick = os.fsync, []
+
+    def fsync(handle: int) -> None:
+        if sick:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        honest(handle)
+
+    class Fills(Silent):
+        def round_done(self, line: dict[str, Any]) -> None:
+            sick.extend([True] * (line["round"] == 2))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(NoResultError, match="disk is full"):
+            start(experiment(file, stop__rounds=4), tmp_path / "run", replace(session, reporter=Fills()))
+    resume(tmp_path / "run", {}, session)
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
 def test_clients_without_data_never_take_part(file: Path, session: Session, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class Display:
     def started(self, bench: Bench, store: RunStore, rounds_done: int) -> None:
         """Show the run's name, its limits and the folder."""
         limits = bench.experiment.stop
-        self.label = f"{bench.experiment.label} (seed {bench.experiment.seed})"
+        self.label = f"{bench.experiment.label}-{bench.experiment.seed}"
         self.metric, self.rounds, self.seconds = bench.metric, limits.rounds, limits.fleet_seconds
         self.value, self.uplink_bits = None, sum(line["uplink_bits"] for line in store.rounds())
         idle = [client for client, rows in enumerate(bench.clients) if len(rows) == 0]
@@ -74,8 +74,9 @@ class Display:
 
     def _open_bar(self, rounds_done: int) -> None:
         self.close()
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"))
-        self.bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.screen)
+        text, left = TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True)
+        name = TextColumn("{task.description}")
+        self.bar = Progress(name, BarColumn(bar_width=8), text, TextColumn("ETA"), left, console=self.screen)
         total = self.rounds if self.rounds is not None else self.seconds
         self.task = self.bar.add_task(self.label, total=total, completed=rounds_done, text="evaluating")
         self.bar.start()
@@ -83,8 +84,7 @@ class Display:
     def _text(self, line: Plain) -> str:
         value = "" if self.value is None else f"{self.metric} {self.value:.3f}, "
         count = f"{line['round']}" if self.rounds is None else f"{line['round']}/{self.rounds}"
-        bits = f"{self.uplink_bits / 8e6:.1f} MB up"
-        return f"round {count}: {value}{line['time_s']:.1f} fleet s, {bits}"
+        return f"round {count}: {value}{line['time_s']:.1f} fleet s, {self.uplink_bits / 8e6:.1f} MB up"
 
 
 def _some(numbers: list[int]) -> str:

@@ -141,6 +141,7 @@ class ExperimentFile:
         InputError : an unknown name or key, a wrong value, a missing section; one line.
         """
         label = self.default_method() if label is None else label
+        label = label if label in self.variants else label.replace("_", "-")
         tables = _choose_method(self.tables, self.variants, label)
         overrides = {**self.overrides, **{name.replace("__", "."): value for name, value in changes.items()}}
         for name, value in overrides.items():
