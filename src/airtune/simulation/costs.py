@@ -95,7 +95,7 @@ class CostModel:
         return self._of(task).memory_bytes
 
     def _rows_of_a_step(self, task: ClientTask) -> float:
-        """Return the mean rows of a step: a client goes through its examples in batches of which the last is smaller."""
+        """Return the mean rows of a step: examples are gone through in batches, of which the last is smaller."""
         examples, batch = int(self.fleet.num_examples[task.client]), task.training.batch_size
         return examples / -(-examples // batch) if examples else float(batch)
 
