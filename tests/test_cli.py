@@ -299,12 +299,12 @@ def test_an_interruption_is_exit_code_130_and_says_how_to_go_on(file: Path, tmp_
     argv = process("run", file, "--out", out, "--stop.rounds", "2000")
     running = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     rounds = out / "rounds.jsonl"
-    for _ in range(1200):
+    for _ in range(3000):
         if rounds.is_file() and rounds.read_bytes().count(b"\n") > 2:
             break
         time.sleep(0.05)
     running.send_signal(number)
-    _, err = running.communicate(timeout=60)
+    _, err = running.communicate(timeout=150)
     assert running.returncode == 130
     assert err.splitlines()[-1] == f"airtune: interrupted; to go on: airtune run --resume '{out}'"
     assert "Traceback" not in err

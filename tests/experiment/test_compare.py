@@ -95,6 +95,8 @@ def test_bad_input_is_found_before_the_first_run(file: Path, session: Session, t
         ({"methods": ("fedit", "legned")}, "'legend'"),
         ({"methods": ()}, "--methods"),
         ({"methods": ("fedit", "fedit")}, "--methods"),
+        ({"methods": ("fed-sb", "fed_sb")}, "--methods"),
+        ({"overrides": {"variant.slow.cohort_size": "1"}}, "variant.slow"),
         ({"seeds": ()}, "--seeds"),
         ({"tune": {"training.learning_rat": ("1", "2")}}, "learning_rate"),
         ({"tune": {"training.learning_rate": ("1", "-2")}}, "-2"),

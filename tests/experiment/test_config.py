@@ -162,6 +162,49 @@ def test_a_variant_of_the_files_method_keeps_its_fields_and_another_method_does_
     assert shadow.method.cohort_size == 1  # type: ignore[attr-defined]
 
 
+def test_overrides_reach_variants_and_none_is_lost(tmp_path: Path) -> None:
+    path = write_experiment(tmp_path)
+    changed = read_file(path, {"variant.slow.cohort_size": "1", "variant.slow.training.learning_rate": "0.2"})
+    slow: Any = changed.experiment("slow")
+    assert (slow.method.cohort_size, slow.training.learning_rate) == (1, 0.2)
+    assert changed.experiment() == read_file(path).experiment()
+    changed.check_overrides(["fedit", "slow"])
+    with pytest.raises(InputError, match=r"variant\.slow: .* does not run; valid: fedit"):
+        changed.check_overrides(["fedit"])
+    for name, words in (
+        ("variant.slw.cohort_size", "'slow'"),
+        ("variant.slow", "--variant.slow.FIELD"),
+        ("variant.slow.cohort", "'cohort_size'"),
+        ("name.x", r"name\.x: unknown key"),
+        ("seed.x", r"seed\.x: unknown key"),
+        ("name", "name: unknown key"),
+    ):
+        with pytest.raises(InputError, match=words):
+            read_file(path, {name: "3"}).experiment("slow")
+
+
+def test_a_variant_is_found_with_minus_and_underscore_and_is_never_another_method() -> None:
+    made = file(variant={"my-slow": {"method": "fedit", "cohort_size": 1}})
+    assert made.experiment("my_slow") == made.experiment("my-slow")
+    assert made.experiment("my_slow").label == "my-slow"
+    for variants, words in (
+        ({"fedit": {"method": "legend"}}, "variant.fedit: fedit is a method, and not legend"),
+        ({"fed_sb": {"method": "legend"}}, "variant.fed_sb: fed_sb is a method"),
+        ({"a-b": {"method": "legend"}, "a_b": {"method": "fedit"}}, "the same name as"),
+        ({"../x": {"method": "legend"}}, "names no folder"),
+    ):
+        with pytest.raises(InputError, match=words):
+            file(variant=variants).experiment(next(iter(variants)))
+
+
+@pytest.mark.parametrize("name", ["3", '"../x"', '".."', '""', '"a b"'])
+def test_a_name_that_is_no_folder_is_refused(tmp_path: Path, name: str) -> None:
+    path = write_experiment(tmp_path)
+    path.write_text(f"name = {name}\n{path.read_text()}")
+    with pytest.raises(InputError, match=r"^name: .* names no folder"):
+        read_file(path)
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from airtune.aggregation.declaring import exchange_of
+from airtune.aggregation.residual import ResidualMerge
+from airtune.aggregation.stacking import EnergyThreshold, Stacking
+from airtune.aggregation.truncation import PrincipalSplit, Truncation
 from airtune.errors import InputError
 from airtune.lora import BOTH, Factor
-from airtune.optimizers import GaLore
+from airtune.optimizers import GaLore, LoraRite
 from airtune.training.shapes import ModelConfig
 
 
@@ -24,11 +27,13 @@ def check_combination(model: ModelConfig, method: Any, name: str) -> None:
     Raises
     ------
     InputError : DoRA, whose norms are trained with B, where no round trains B; GaLore, which needs a projector, where
-        both factors are trained, or with DoRA.
+        both factors are trained, or with DoRA; BeamLoRA, where factors are averaged component by component.
     """
     while hasattr(method, "method"):  # a wrapper
         method = method.method
     trained = trained_factors(method)
+    if model.adapter == "beam-lora":
+        _check_products(method, name)
     optimizer = getattr(getattr(method, "training", None), "optimizer", None)
     if model.adapter == "dora" and trained is not None and not any("B" in factors for factors in trained):
         raise InputError(
@@ -43,4 +48,24 @@ def check_combination(model: ModelConfig, method: Any, name: str) -> None:
         raise InputError(
             f"training.optimizer: galore needs a fixed projector, and {name} has none; valid: a method that fixes one "
             "factor with orthonormal components (galore-avg, rac-lora)"
+        )
+
+
+_PRODUCTS = (Stacking, EnergyThreshold, Truncation, PrincipalSplit, ResidualMerge)
+
+
+def _check_products(method: Any, name: str) -> None:
+    """Refuse methods that average components which no longer correspond."""
+    aggregator = getattr(getattr(method, "composed", method), "aggregator", None)
+    if not isinstance(aggregator, _PRODUCTS):
+        raise InputError(
+            f"model.adapter: beam-lora copies components during local training, so that they do not correspond from "
+            f"client to client, and {name} averages factors; valid: a method that aggregates products (flora, flexlora, "
+            "fedex-lora, florist)"
+        )
+    training = getattr(method, "training", None)
+    if isinstance(getattr(training, "optimizer", None), LoraRite):
+        raise InputError(
+            "training.optimizer: beam-lora moves the moments of single components, which lora-rite does not have; "
+            "valid: adamw, sgd, lora-plus, lora-pro"
         )

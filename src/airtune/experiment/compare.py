@@ -51,7 +51,9 @@ class Comparison:
     out: Path
 
     def __post_init__(self) -> None:
-        """Refuse empty lists and repetitions."""
+        """Give every method its one name; refuse empty lists, repetitions and overrides without an effect."""
+        object.__setattr__(self, "methods", tuple(self.file.label(method) for method in self.methods))
+        self.file.check_overrides(self.methods)
         for name, values in (("--methods", self.methods), ("--seeds", self.seeds)):
             if not values:
                 raise InputError(f"{name}: is empty; valid: a list like a,b,c")

@@ -8,12 +8,13 @@ method's ...), so a new field there can be set here at once. `Experiment.plain` 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from airtune.errors import InputError
+from airtune.errors import InputError, unknown_name
 from airtune.experiment import kinds
 from airtune.experiment.combinations import check_combination
 from airtune.experiment.hints import Context, Plain
@@ -140,20 +141,39 @@ class ExperimentFile:
         ------
         InputError : an unknown name or key, a wrong value, a missing section; one line.
         """
-        label = self.default_method() if label is None else label
-        label = label if label in self.variants else label.replace("_", "-")
-        tables = _choose_method(self.tables, self.variants, label)
+        label = self.label(label)
         overrides = {**self.overrides, **{name.replace("__", "."): value for name, value in changes.items()}}
+        variants = _changed_variants(self.variants, overrides)
+        tables = _choose_method(self.tables, variants, label)
         for name, value in overrides.items():
-            _set(tables, name.split("."), value)
+            if not name.startswith("variant."):
+                _set(tables, name.split("."), value)
         return _experiment(tables, label, self.name)
+
+    def label(self, name: str | None = None) -> str:
+        """Return what a run of a method or variant is called: a method in kebab-case, a variant as the file spells it.
+
+        name : ``-`` and ``_`` are equal; None: the file's own method. Errors as in `experiment`.
+        """
+        _check_variants(self.variants)
+        return kinds.find_method(self.default_method() if name is None else name, self.variants)
+
+    def check_overrides(self, labels: Sequence[str]) -> None:
+        """Raise InputError for an override of a variant that is none of the `labels`: it would have no effect."""
+        for name in self.overrides:
+            section, _, rest = name.partition(".")
+            if section == "variant" and not any(_same(rest.partition(".")[0], label) for label in labels):
+                found = _variant_name(self.variants, name)
+                raise InputError(f"variant.{found}: is changed but does not run; valid: {', '.join(labels)}")
 
 
 def read_file(path: Path, overrides: Mapping[str, Any] | None = None) -> ExperimentFile:
     """Return an experiment file with overrides (dotted name -> text); errors as in `ExperimentFile.experiment`."""
     tables = read_toml(path)
     check_keys(tables, KEYS, "")
-    return ExperimentFile(str(tables.get("name", path.stem)), tables, overrides or {})
+    if "name" in tables:
+        _check_name("name", tables["name"])
+    return ExperimentFile(tables.get("name", path.stem), tables, overrides or {})
 
 
 def read_experiment(plain: Plain, label: str | None = None) -> Experiment:
@@ -167,7 +187,6 @@ def read_experiment(plain: Plain, label: str | None = None) -> Experiment:
 
 def _choose_method(tables: Plain, variants: Mapping[str, Plain], label: str) -> Plain:
     """Return the tables with [method] that of `label`, and a variant's other sections merged in."""
-    kinds.find_method(label, variants)
     chosen = copy.deepcopy({key: value for key, value in tables.items() if key != "variant"})
     if label in variants:
         return _apply_variant(chosen, copy.deepcopy(variants[label]), label)
@@ -183,8 +202,9 @@ def _apply_variant(tables: Plain, variant: Any, label: str) -> Plain:
     if not isinstance(variant, Mapping) or not isinstance(cast("Plain", variant).get("method"), str):
         raise InputError(f'{where}: must be a table with method = "..."; valid methods: {", ".join(kinds.METHODS)}')
     entries = dict(cast("Plain", variant))
-    name = entries.pop("method")
-    kinds.find_method(name, {})
+    name = kinds.find_method(entries.pop("method"), {})
+    if label.replace("_", "-") in kinds.METHODS and not _same(label, name):
+        raise InputError(f"{where}: {label} is a method, and not {name}; valid: another name, or method = \"{label}\"")
     for section in VARIANT_SECTIONS:
         if section in entries:
             tables[section] = _merged(tables.get(section, {}), entries.pop(section))
@@ -196,6 +216,42 @@ def _apply_variant(tables: Plain, variant: Any, label: str) -> Plain:
     same = isinstance(base, Mapping) and _same(str(cast("Plain", base).get("name")), name)
     tables["method"] = _merged(base, {**entries, "name": name}) if same else {**entries, "name": name}
     return tables
+
+
+def _check_variants(variants: Mapping[str, Plain]) -> None:
+    """Raise InputError for names of variants that cannot name a folder, or that the command line cannot tell apart."""
+    for name in variants:
+        _check_name(f"variant.{name}", name)
+        if twin := [other for other in variants if other != name and _same(other, name)]:
+            raise InputError(f"variant.{name}: is the same name as {twin[0]} on the command line; valid: another name")
+
+
+def _check_name(where: str, name: Any) -> None:
+    """Raise InputError unless a name can be that of a folder."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+        raise InputError(f"{where}: {name!r} names no folder; valid: text of letters, digits, '.', '_' and '-'")
+
+
+def _changed_variants(variants: Mapping[str, Plain], overrides: Mapping[str, Any]) -> Mapping[str, Plain]:
+    """Return the variants with the overrides ``variant.NAME.FIELD``."""
+    ours = {name: value for name, value in overrides.items() if name.startswith("variant.")}
+    changed = copy.deepcopy(dict(variants)) if ours else variants
+    for name, value in ours.items():
+        found = _variant_name(variants, name)
+        path = name.split(".")[2:]
+        if not path or not isinstance(changed[found], dict):
+            raise InputError(f"variant.{found}: is a table; valid: --variant.{found}.FIELD VALUE")
+        _set(changed[found], path, value, where=f"variant.{found}.")
+    return changed
+
+
+def _variant_name(variants: Mapping[str, Plain], override: str) -> str:
+    """Return which variant ``variant.NAME.FIELD`` changes."""
+    name = override.split(".")[1]
+    found = _spelled(variants, name)
+    if found not in variants:
+        raise unknown_name("variant", name, variants)
+    return found
 
 
 def _merged(base: Any, over: Any) -> Any:
@@ -211,21 +267,23 @@ def _same(name: str, other: str) -> bool:
     return name.replace("_", "-") == other.replace("_", "-")
 
 
-def _set(tables: Plain, path: Sequence[str], value: Any) -> None:
+def _set(tables: Plain, path: Sequence[str], value: Any, where: str = "") -> None:
     """Set a dotted name; a name on its way that is short for a table (``partition = "iid"``) becomes that table."""
+    if not where and (path[0] in ("name", "variant") or (path[0] == "seed" and len(path) > 1)):
+        raise InputError(f"{'.'.join(path)}: unknown key; valid: seed, SECTION.FIELD and variant.NAME.FIELD")
     for depth, name in enumerate(path[:-1]):
         key = _spelled(tables, name)
         inner = tables.get(key, {})
         if isinstance(inner, str):
             inner = {"name" if depth == 0 and key == "method" else "type": inner}
         if not isinstance(inner, Mapping):
-            raise InputError(f"{'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a table")
+            raise InputError(f"{where}{'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a table")
         tables[key] = dict(cast("Plain", inner))
         tables = tables[key]
     tables[_spelled(tables, path[-1])] = value
 
 
-def _spelled(tables: Plain, name: str) -> str:
+def _spelled(tables: Mapping[str, Any], name: str) -> str:
     """Return a key as the file spells it: ``-`` and ``_`` are equal on the command line."""
     return next((key for key in tables if _same(key, name)), name)
 
@@ -283,8 +341,7 @@ def _compressor(value: Any) -> Plain | None:
 
 def _method(value: Any, training: LocalTraining, compressor: Plain | None) -> tuple[str, Method[Any]]:
     table = {"name": value} if isinstance(value, str) else dict(cast("Plain", value))
-    name = str(table.pop("name")).replace("_", "-")
-    kinds.find_method(name, {})
+    name = kinds.find_method(str(table.pop("name")), {})
     made = read_dataclass(kinds.METHODS[name], table, "method", _context(training, compressor))
     check_training(getattr(made, "training", training), "method.training")
     return name, made

@@ -34,7 +34,7 @@ def evaluate_run(folder: Path, file: str | None, workshop: Workshop) -> Plain:
     store = RunStore(folder)
     head = store.read_head()
     experiment = read_experiment(head["config"], str(head.get("method")))
-    progress = checkpoint.load(store.checkpoint, digest(experiment))
+    progress = checkpoint.load(store.checkpoint, digest(head["config"]))
     bench = build(experiment, workshop)
     rows = bench.tokens.test if file is None else _other_rows(bench, file)
     scores = score(bench.federated, progress.model, rows, batch_size=experiment.evaluation.batch_size)

@@ -61,7 +61,17 @@ def defaults(training: Plain, compressor: Plain | None) -> Mapping[Any, Plain]:
     return {LocalTraining: training} if compressor is None else {LocalTraining: training, Compressor: compressor}
 
 
-def find_method(name: str, variants: Mapping[str, Any]) -> None:
-    """Raise InputError unless `name` is a method or a variant."""
-    if name not in variants and name.replace("_", "-") not in METHODS:
+def find_method(name: str, variants: Mapping[str, Any]) -> str:
+    """Return the name of a variant as the file spells it, or of a method in kebab-case; ``-`` and ``_`` are equal.
+
+    Raises
+    ------
+    InputError : there is no method and no variant of this name.
+    """
+    kebab = name.replace("_", "-")
+    for variant in variants:
+        if variant.replace("_", "-") == kebab:
+            return variant
+    if kebab not in METHODS:
         raise unknown_name("method", name, [*METHODS, *variants])
+    return kebab

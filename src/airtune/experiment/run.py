@@ -85,8 +85,9 @@ def start(experiment: Experiment, folder: Path, session: Session) -> Plain:
         folder.rmdir()
         raise
     store.write_head(_first_head(bench, session.command))
-    checkpoint.save(store.checkpoint, progress, digest(bench.experiment))
-    return _run(bench, store, progress, session)
+    fingerprint = digest(bench.experiment.plain())
+    checkpoint.save(store.checkpoint, progress, fingerprint)
+    return _run(bench, store, progress, session, fingerprint)
 
 
 def resume(folder: Path, limits: Mapping[str, Any], session: Session) -> Plain:
@@ -104,24 +105,26 @@ def resume(folder: Path, limits: Mapping[str, Any], session: Session) -> Plain:
     store = RunStore(folder)
     head = store.read_head()
     label = str(head.get("method"))
+    fingerprint = digest(head["config"])
     experiment = read_experiment(_with_limits(head["config"], limits), label)
-    progress = checkpoint.load(store.checkpoint, digest(experiment))
+    progress = checkpoint.load(store.checkpoint, fingerprint)
     bench = build(experiment, session.workshop)
     lines = store.keep_rounds(progress.round if progress.round else -1)
     if lines:
         _check_not_over(bench, progress, lines[-1], folder)
         _forget_last_evaluation(store, lines, bench)
-    store.update_head(status="running", config=bench.experiment.plain(), error=None)
-    return _run(bench, store, progress, session)
+    config = {**head["config"], "stop": bench.experiment.plain()["stop"]}
+    store.update_head(status="running", config=config, error=None)
+    return _run(bench, store, progress, session, fingerprint)
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
-def _run(bench: Bench, store: RunStore, progress: Progress, session: Session) -> Plain:
+def _run(bench: Bench, store: RunStore, progress: Progress, session: Session, fingerprint: str) -> Plain:
     try:
         session.reporter.started(bench, store, progress.round)
-        progress = _rounds(bench, store, progress, session.reporter)
+        progress = _rounds(bench, store, progress, session.reporter, fingerprint)
         export = _export(bench, progress, store)
     except KeyboardInterrupt:
         store.update_head(status="interrupted", final=_final(store))
@@ -134,9 +137,8 @@ def _run(bench: Bench, store: RunStore, progress: Progress, session: Session) ->
     return head
 
 
-def _rounds(bench: Bench, store: RunStore, progress: Progress, reporter: Reporter) -> Progress:
+def _rounds(bench: Bench, store: RunStore, progress: Progress, reporter: Reporter, fingerprint: str) -> Progress:
     experiment = bench.experiment
-    fingerprint = digest(experiment)
     began = host_seconds()
     rounds = run(
         experiment.method,
@@ -245,10 +247,13 @@ def _final(store: RunStore) -> Plain:
 # -------------------------------------------------------------------------------------------------------------- resume
 
 
-def digest(experiment: Experiment) -> str:
-    """Return a fingerprint of all that a checkpoint depends on: everything but [stop]."""
-    plain = {key: value for key, value in experiment.plain().items() if key != "stop"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+def digest(config: Mapping[str, Any]) -> str:
+    """Return a fingerprint of a stored configuration but for [stop]: what a checkpoint depends on.
+
+    It is that of the text in run.json, so a later version, whose classes have more fields, still opens the run.
+    """
+    kept = {key: value for key, value in config.items() if key != "stop"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _with_limits(config: Any, limits: Mapping[str, Any]) -> Plain:
