@@ -11,7 +11,7 @@ from rich.table import Table
 
 from airtune.cli.arguments import Arguments, listed
 from airtune.cli.files import experiment_file
-from airtune.cli.progress import say
+from airtune.cli.output import say
 from airtune.errors import InputError
 from airtune.experiment.planning import plan_round
 from airtune.experiment.store import make_output_folder, write_atomically
@@ -28,6 +28,7 @@ def plan(arguments: Arguments) -> int:
     chosen = (
         listed(arguments.methods) if arguments.methods is not None else (arguments.method or file.default_method(),)
     )
+    file.check_overrides([file.label(method) for method in chosen])
     sweep = parse_settings(arguments.sweep, "--sweep")
     if arguments.out is not None:
         make_output_folder(Path(arguments.out))

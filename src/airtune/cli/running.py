@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from airtune.cli.arguments import Arguments, listed, numbers
 from airtune.cli.files import experiment_file
-from airtune.cli.progress import Display, say
+from airtune.cli.output import say
+from airtune.cli.progress import Display
 from airtune.errors import InputError, NoResultError
 from airtune.experiment.config import ExperimentFile
 from airtune.experiment.store import RunStore, make_output_folder
@@ -46,7 +47,9 @@ def run(arguments: Arguments) -> int:
 def _start(arguments: Arguments) -> tuple[Mapping[str, Any], Path]:
     if arguments.experiment is None:
         raise InputError("EXPERIMENT.toml: is missing; valid: airtune run EXPERIMENT.toml, or airtune run --resume DIR")
-    experiment = experiment_file(arguments).experiment(arguments.method)
+    file = experiment_file(arguments)
+    experiment = file.experiment(arguments.method)
+    file.check_overrides([experiment.label])
     default = Path("runs") / f"{experiment.name}-{experiment.label}-{experiment.seed}"
     folder = Path(arguments.out) if arguments.out else default
     make_output_folder(folder)  # before torch is imported, which takes seconds

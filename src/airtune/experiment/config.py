@@ -204,7 +204,7 @@ def _apply_variant(tables: Plain, variant: Any, label: str) -> Plain:
     entries = dict(cast("Plain", variant))
     name = kinds.find_method(entries.pop("method"), {})
     if label.replace("_", "-") in kinds.METHODS and not _same(label, name):
-        raise InputError(f"{where}: {label} is a method, and not {name}; valid: another name, or method = \"{label}\"")
+        raise InputError(f'{where}: {label} is a method, and not {name}; valid: another name, or method = "{label}"')
     for section in VARIANT_SECTIONS:
         if section in entries:
             tables[section] = _merged(tables.get(section, {}), entries.pop(section))
