@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from airtune.cli.arguments import Arguments
-from airtune.cli.progress import say
+from airtune.cli.output import say
 from airtune.errors import InputError
 
 

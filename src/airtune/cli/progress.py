@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +89,3 @@ class Display:
 def _some(numbers: list[int]) -> str:
     text = ", ".join(str(number) for number in numbers[:10])
     return text if len(numbers) <= 10 else f"{text}, ..."
-
-
-def say(text: str) -> None:
-    """Print one line on stderr."""
-    print(text, file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from airtune.cli.arguments import Arguments
-from airtune.cli.progress import say
+from airtune.cli.output import say
 from airtune.errors import InputError
 
 
