@@ -98,6 +98,8 @@ def test_bad_input_is_found_before_the_first_run(file: Path, session: Session, t
         ({"methods": ("fed-sb", "fed_sb")}, "--methods"),
         ({"overrides": {"variant.slow.cohort_size": "1"}}, "variant.slow"),
         ({"seeds": ()}, "--seeds"),
+        ({"seeds": (0, -1)}, "seed: -1"),
+        ({"overrides": {"stop.rounds": "0"}}, "stop.rounds: 0"),
         ({"tune": {"training.learning_rat": ("1", "2")}}, "learning_rate"),
         ({"tune": {"training.learning_rate": ("1", "-2")}}, "-2"),
     ):
@@ -110,6 +112,7 @@ def test_if_every_run_fails_for_bad_input_it_is_bad_input(file: Path, session: S
     with pytest.raises(InputError, match="cohort_size"):
         made = comparison(file, tmp_path / "out", methods=("fedit",), overrides={"method.cohort_size": "99"})
         compare(made, session)
+    assert not (tmp_path / "out").exists()
 
 
 def test_tuning_chooses_each_methods_best_value_on_validation_rows(

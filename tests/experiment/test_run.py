@@ -26,6 +26,7 @@ from airtune.experiment import checkpoint
 from airtune.experiment.build import Workshop, build
 from airtune.experiment.config import Experiment, read_experiment, read_file
 from airtune.experiment.run import Session, Silent, digest, resume, start
+from airtune.methods import method_class
 from tiny_experiment import head_of, lines_of, write_experiment
 
 SMALL = {"fedbuff": {"method__concurrency": 4, "method__buffer_size": 2}}  # what a fleet of six allows
@@ -246,7 +247,12 @@ def test_a_model_that_diverges_ends_the_run_and_keeps_what_there_is(
 
 
 def test_clients_that_all_diverge_leave_the_model_as_it_is(file: Path, session: Session, tmp_path: Path) -> None:
-    start(experiment(file, training__learning_rate="1e30", training__optimizer="sgd"), tmp_path / "run", session)
+    made = experiment(file, training__learning_rate="1e30", training__optimizer="sgd")
+    with pytest.raises(NoResultError, match=r"no update .* diverged .*training\.learning_rate"):
+        start(made, tmp_path / "run", session)
+    head = head_of(tmp_path / "run")
+    assert (head["status"], head["final"]["rounds"]) == ("failed", 2)
+    assert (tmp_path / "run" / "checkpoint").is_dir()
     first, *rest = lines_of(tmp_path / "run")
     for line in rest:
         assert {lost["reason"] for lost in line["dropped"]} == {"diverged"}
@@ -330,16 +336,40 @@ def test_clients_without_data_never_take_part(file: Path, session: Session, tmp_
         ({"method__cohort_size": 7}, ("method.cohort_size", "6")),
     ],
 )
-def test_bad_input_is_one_line_before_or_in_the_first_round(
+def test_bad_input_is_one_line_before_the_first_round(
     file: Path, session: Session, tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]
 ) -> None:
     with pytest.raises(InputError) as caught:
         start(experiment(file, **changes), tmp_path / "run", session)
-    if (tmp_path / "run").exists():  # found in the first round
-        assert head_of(tmp_path / "run")["status"] == "failed"
+    assert not (tmp_path / "run").exists()
     text = str(caught.value)
     assert "\n" not in text
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+def test_a_plan_that_breaks_a_constraint_is_bad_input_before_round_1_and_no_result_later(
+    file: Path, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
+    kind = method_class("fedit")
+    honest = kind.plan
+
+    def plan(self: Any, state: Any, seen: Any, rng: Any) -> Any:
+        made = honest(self, state, seen, rng)
+        if seen.round != bad:
+            return made
+        twice = [replace(task, bandwidth=2 * task.bandwidth) for task in made.groups[0].tasks]
+        return replace(made, groups=(replace(made.groups[0], tasks=tuple(twice)),))
+
+    monkeypatch.setattr(kind, "plan", plan)
+    error = InputError if bad == 1 else NoResultError
+    with pytest.raises(error, match=r"^plan: bandwidth" if bad == 1 else r"^round 2: plan: "):
+        start(experiment(file), tmp_path / "run", session)
+    if bad == 1:
+        assert not (tmp_path / "run").exists()
+    else:
+        assert head_of(tmp_path / "run")["status"] == "failed"
+        assert [line["round"] for line in lines_of(tmp_path / "run")] == [0, 1]
 
 
 def test_the_base_model_is_loaded_once_for_several_runs(

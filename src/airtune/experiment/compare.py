@@ -15,6 +15,7 @@ The rules, so that a reader can check them by hand:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -100,6 +101,16 @@ def compare(comparison: Comparison, session: Session) -> Compared:
     """
     experiments = {method: _prepared(comparison, method, session) for method in comparison.methods}
     make_output_folder(comparison.out)
+    try:
+        return _compare(comparison, experiments, session)
+    except InputError:
+        for folder in (comparison.out / TUNE_FOLDER, comparison.out / RUNS_FOLDER, comparison.out):
+            with contextlib.suppress(OSError):  # it is not there, or not empty
+                folder.rmdir()
+        raise
+
+
+def _compare(comparison: Comparison, experiments: Mapping[str, Experiment], session: Session) -> Compared:
     tuned = _tune(comparison, experiments, session) if comparison.tune else {}
     folders: list[Path] = []
     failed: dict[Path, str] = {}
@@ -122,9 +133,12 @@ def compare(comparison: Comparison, session: Session) -> Compared:
 
 def _prepared(comparison: Comparison, method: str, session: Session) -> Experiment:
     """Return a method's experiment (and check all tuned values), with validation rows if it is tuned."""
-    for values in combinations(comparison.tune):
-        comparison.file.experiment(method, **changes(values))
+    for seed in comparison.seeds:
+        for values in combinations(comparison.tune):
+            comparison.file.experiment(method, seed=seed, **changes(values))
     experiment = comparison.file.experiment(method)
+    if experiment.stop.rounds == 0:
+        raise InputError("stop.rounds: 0 rounds have no fleet seconds to share; valid: 1 or more in a comparison")
     if comparison.tune and experiment.data.validation_rows == 0:
         rows = len(session.workshop.tokens(experiment.data, experiment.model).train)
         count = max(1, min(LARGEST_VALIDATION, rows // 10))

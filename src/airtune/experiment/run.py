@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from airtune.clock import host_seconds
-from airtune.errors import InputError
+from airtune.errors import InputError, NoResultError
 from airtune.experiment import checkpoint
 from airtune.experiment.build import Bench, Workshop, build
 from airtune.experiment.config import Experiment, read_experiment
@@ -20,9 +20,12 @@ from airtune.experiment.provenance import git_revision, versions
 from airtune.experiment.store import ADAPTER_FOLDER, SCHEMA, Plain, RunStore, disk_errors, new_store
 from airtune.federation import Progress, begin, run
 from airtune.lora import AdapterSlice, has_own, with_own
+from airtune.streams import stream
+from airtune.types import RoundRecord
 
 PERSONAL_FOLDER = "adapters"  # one adapter per client, where models are personal
 LARGEST_FLEET_TABLE = 20_000  # clients; run.json names each client of a smaller fleet [our choice]
+Rounds = Iterator[tuple[Progress, RoundRecord]]
 
 
 class Reporter(Protocol):
@@ -73,14 +76,16 @@ def start(experiment: Experiment, folder: Path, session: Session) -> Plain:
 
     Raises
     ------
-    InputError : the folder is not empty, or the experiment cannot be built.
-    NoResultError : the run diverged or the disk is full; what was written is kept.
+    InputError : the folder is not empty, or the experiment cannot be built, or round 1 cannot be planned: no folder
+        is left.
+    NoResultError : a later round cannot be planned, the run diverged or the disk is full; what was written is kept.
     KeyboardInterrupt : passed on after run.json says "interrupted"; the checkpoint is that of the last whole round.
     """
     store = new_store(folder)
     try:
         bench = build(experiment, session.workshop)
         progress = begin(bench.experiment.method, bench.start, bench.cell)
+        _check_first_plan(bench, progress)
     except BaseException:
         folder.rmdir()
         raise
@@ -88,6 +93,13 @@ def start(experiment: Experiment, folder: Path, session: Session) -> Plain:
     fingerprint = digest(bench.experiment.plain())
     checkpoint.save(store.checkpoint, progress, fingerprint)
     return _run(bench, store, progress, session, fingerprint)
+
+
+def _check_first_plan(bench: Bench, progress: Progress) -> None:
+    """Plan round 1 as the loop will (same world, same draws), so that what cannot be planned is found at once."""
+    seen = bench.cell.observe(1, 0.0, progress.pending, progress.model)
+    rng = stream(bench.experiment.seed, "plan", 1)
+    bench.experiment.method.plan(progress.state, seen, rng).check(seen)
 
 
 def resume(folder: Path, limits: Mapping[str, Any], session: Session) -> Plain:
@@ -125,6 +137,7 @@ def _run(bench: Bench, store: RunStore, progress: Progress, session: Session, fi
     try:
         session.reporter.started(bench, store, progress.round)
         progress = _rounds(bench, store, progress, session.reporter, fingerprint)
+        _check_any_update(store)
         export = _export(bench, progress, store)
     except KeyboardInterrupt:
         store.update_head(status="interrupted", final=_final(store))
@@ -140,6 +153,7 @@ def _run(bench: Bench, store: RunStore, progress: Progress, session: Session, fi
 def _rounds(bench: Bench, store: RunStore, progress: Progress, reporter: Reporter, fingerprint: str) -> Progress:
     experiment = bench.experiment
     began = host_seconds()
+    done = progress.round
     rounds = run(
         experiment.method,
         progress,
@@ -150,7 +164,7 @@ def _rounds(bench: Bench, store: RunStore, progress: Progress, reporter: Reporte
         evaluate=bench.evaluate,
         evaluate_every=experiment.evaluation.every,
     )
-    for progress, record in rounds:
+    for progress, record in _planned(rounds, done):
         ready = host_seconds()
         line = store.append_round(record)
         checkpoint.save(store.checkpoint, progress, fingerprint)
@@ -158,6 +172,29 @@ def _rounds(bench: Bench, store: RunStore, progress: Progress, reporter: Reporte
         reporter.round_done(line)
         began = host_seconds()
     return progress
+
+
+def _planned(rounds: Rounds, done: int) -> Rounds:
+    """Pass rounds on; a plan that a later round cannot carry out is no typing error but a run without a result."""
+    try:
+        for progress, record in rounds:
+            done = progress.round
+            yield progress, record
+    except InputError as error:
+        if done == 0:
+            raise
+        raise NoResultError(f"round {done + 1}: {error}") from error
+
+
+def _check_any_update(store: RunStore) -> None:
+    """Raise NoResultError if no update of any round arrived and local training diverged."""
+    lines = store.rounds()
+    lost = {entry["client"] for line in lines for entry in line["dropped"] if entry["reason"] == "diverged"}
+    if lost and not any(line["arrived"] for line in lines):
+        raise NoResultError(
+            f"no update of any round arrived, local training diverged at clients {sorted(lost)[:8]}; "
+            "lower training.learning_rate"
+        )
 
 
 def _export(bench: Bench, progress: Progress, store: RunStore) -> Plain:
