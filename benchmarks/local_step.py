@@ -26,7 +26,7 @@ from airtune.training.shapes import ModelConfig
 from airtune.types import ClientTask, LocalTraining, ServerModel, TrainingJob
 
 CHOICES = [("lora", "adamw"), ("lora", "sgd"), ("lora", "lora-plus"), ("lora", "lora-rite"), ("lora", "lora-pro")]
-CHOICES += [("dora", "adamw"), ("msp-lora", "adamw")]
+CHOICES += [("dora", "adamw"), ("msp-lora", "adamw"), ("beam-lora", "adamw")]
 STEPS, BATCH, TOKENS, VOCABULARY = 4, 16, 32, 1000
 
 

@@ -144,6 +144,29 @@ Penalty = TailPenalty | ProximalPenalty | OrthogonalityPenalty
 
 
 @dataclass(frozen=True)
+class Beam:
+    """How components compete under ``model.adapter = "beam-lora"`` (arXiv 2502.13604, `airtune.training.beam`).
+
+    every : steps from one replacement to the next, at least 2; none in the last `every` steps of a round.
+    first_share : of the importance that is kept at the beginning of a round, in (0, 1]; it rises to 1.
+    temperature : of the gates, positive.
+    """
+
+    every: int = 4
+    first_share: float = 0.95
+    temperature: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Refuse numbers with which there is no search."""
+        if self.every < 2:
+            raise InputError(f"every: {self.every} leaves no time for a snapshot; valid: 2 or more")
+        if not 0.0 < self.first_share <= 1.0:
+            raise InputError(f"first_share: {self.first_share} is not possible; valid: above 0, at most 1")
+        if not 0.0 < self.temperature < float("inf"):
+            raise InputError(f"temperature: {self.temperature} is not possible; valid: a positive number")
+
+
+@dataclass(frozen=True)
 class LocalTraining:
     """How a client trains between two exchanges.
 
@@ -159,6 +182,7 @@ class LocalTraining:
     base_dropout : whether the base model's own dropout is active (False keeps a frozen prefix exact).
     lora_dropout : dropout in front of A.
     penalties : terms added to the loss.
+    beam : of ``model.adapter = "beam-lora"``; other adapters do not look at it.
     """
 
     local_steps: int | None = 10
@@ -173,6 +197,7 @@ class LocalTraining:
     base_dropout: bool = False
     lora_dropout: float = 0.0
     penalties: tuple[Penalty, ...] = ()
+    beam: Beam = Beam()
 
     def __post_init__(self) -> None:
         """Turn a name into its optimizer, and refuse what it cannot do.

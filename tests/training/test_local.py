@@ -180,7 +180,7 @@ def test_reports_count_what_was_done(trainer, server):
 
 def test_epochs_give_the_steps(trainer, server):
     reports = trainer.train([job_of(server, 0, local_steps=None, epochs=2.0, batch_size=5)])[0].reports
-    assert reports["steps"] == math.ceil(2 * 12 / 5)
+    assert reports["steps"] == 2 * math.ceil(12 / 5)
 
 
 def test_batches_come_from_the_addressed_stream(trainer, server):

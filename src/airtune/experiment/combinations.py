@@ -59,9 +59,9 @@ def _check_products(method: Any, name: str) -> None:
     aggregator = getattr(getattr(method, "composed", method), "aggregator", None)
     if not isinstance(aggregator, _PRODUCTS):
         raise InputError(
-            f"model.adapter: beam-lora copies components during local training, so that they do not correspond from "
-            f"client to client, and {name} averages factors; valid: a method that aggregates products (flora, flexlora, "
-            "fedex-lora, florist)"
+            "model.adapter: beam-lora copies components during local training, so that they do not correspond from "
+            f"client to client, and {name} averages factors; valid: a method that aggregates products (flora, "
+            "flexlora, fedex-lora, florist)"
         )
     training = getattr(method, "training", None)
     if isinstance(getattr(training, "optimizer", None), LoraRite):

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from airtune.errors import InputError
 from airtune.lora import LoraFactors
+from airtune.training.beam import Gate, GatedRows
 from airtune.training.dora import RowGain, ScaledRows, scale_base
 
 
@@ -48,11 +49,15 @@ def inject_layers(network: nn.Module, modules: Sequence[str]) -> dict[str, LoraL
 
 
 def install_parts(
-    layer: LoraLinear, parts: Sequence[tuple[LoraFactors, nn.Module | None]], gain: RowGain | None = None
+    layer: LoraLinear,
+    parts: Sequence[tuple[LoraFactors, nn.Module | None]],
+    gain: RowGain | None = None,
+    gate: Gate | None = None,
 ) -> None:
     """Give a PEFT layer exactly these parts, one PEFT adapter each, replacing all that it had.
 
     gain : of the base weight's rows, and of the part whose factors it was made with (DoRA).
+    gate : of the components of the first part (BeamLoRA).
     """
     state: Any = layer
     for kept in (state.lora_A, state.lora_B, state.lora_dropout, state.scaling, state.r, state.lora_alpha):
@@ -62,6 +67,8 @@ def install_parts(
     names = [f"part{index}" for index in range(len(parts))]
     for name, (factors, dropout) in zip(names, parts, strict=True):
         state.lora_A[name] = _linear(factors.A) if factors.core is None else _Cored(factors.A, factors.core)
+        if gate is not None and name == names[0]:
+            state.lora_A[name] = GatedRows(_linear(factors.A), gate)
         scaled = gain is not None and gain.factors is not None and factors.B is gain.factors.B
         state.lora_B[name] = ScaledRows(_linear(factors.B), gain) if gain and scaled else _linear(factors.B)
         state.lora_dropout[name] = nn.Identity() if dropout is None else dropout

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from airtune.streams import stream, torch_seed
+from airtune.training.beam import Search, editable
 from airtune.training.data import TokenizedData, client_batches
 from airtune.training.layers import SeededDropout
 from airtune.training.losses import mean_loss
 from airtune.training.model import ActiveAdapter, FederatedModel
-from airtune.training.optimizers import make_optimizer
+from airtune.training.optimizers import LocalOptimizer, make_optimizer
 from airtune.training.penalties import penalty_value, tail_norm
 from airtune.types import LocalTraining, TailPenalty, Trained, TrainingJob
 
@@ -38,6 +39,7 @@ class _Progress:
     tokens: int = 0
     steps: int = 0
     diverged: bool = field(default=False)
+    replaced: int | None = None
 
     def add(self, loss: float, mask: NDArray[np.int64]) -> None:
         self.loss += loss * len(mask)
@@ -47,12 +49,8 @@ class _Progress:
 
     def reports(self) -> dict[str, float]:
         loss = math.nan if self.diverged or not self.examples else self.loss / self.examples
-        return {
-            "loss": loss,
-            "examples": float(self.examples),
-            "tokens": float(self.tokens),
-            "steps": float(self.steps),
-        }
+        counts = {"examples": self.examples, "tokens": self.tokens, "steps": self.steps, "replaced": self.replaced}
+        return {"loss": loss, **{name: float(count) for name, count in counts.items() if count is not None}}
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,8 @@ class LocalTrainer:
 
         The reports hold ``loss`` (mean over the examples of all steps, before each step, without penalties; NaN if the
         client diverged, which ends its training and returns what it started from), ``examples``, ``tokens`` (without
-        padding) and ``steps`` done, and with a `TailPenalty` ``tail_norm_before`` and ``tail_norm_after``.
+        padding) and ``steps`` done, with BeamLoRA ``replaced`` components, and with a `TailPenalty`
+        ``tail_norm_before`` and ``tail_norm_after``.
 
         Raises
         ------
@@ -97,18 +96,22 @@ class LocalTrainer:
     def _train_client(self, job: TrainingJob) -> Trained:
         task, training = job.task, job.task.training
         where = (job.round, task.client, job.cycle)
-        active = self.model.activate(job.model, task.train, task.receive, dropout=self._dropout(training, where))
+        dropout = self._dropout(training, where)
+        active = self.model.activate(job.model, task.train, task.receive, dropout=dropout, beam=training.beam)
         if not any(True for _ in active.trained()):
             raise ValueError(f"client {task.client}: its slice trains nothing")
         tails = [penalty for penalty in training.penalties if isinstance(penalty, TailPenalty)]
         before = _tail_norms(tails, active, "before")
         with _base_dropout(self.model, training.base_dropout, torch_seed(self.seed, "base-dropout", *where)):
-            progress = self._steps(active, training, self.batches(job))
+            progress = self._steps(active, training, self.batches(job), stream(self.seed, "beam", *where))
         reports = {**progress.reports(), **before, **_tail_norms(tails, active, "after")}
         return Trained(task.train.take(job.model.adapter) if progress.diverged else active.values(), reports)
 
-    def _steps(self, active: ActiveAdapter, training: LocalTraining, batches: Sequence[Indices]) -> _Progress:
+    def _steps(
+        self, active: ActiveAdapter, training: LocalTraining, batches: Sequence[Indices], rng: np.random.Generator
+    ) -> _Progress:
         optimizer = make_optimizer(active, training)
+        search = _search(active, training, optimizer, len(batches), rng)
         parameters = [tensor for _, _, tensor in active.trained()]
         progress = _Progress()
         for indices in batches:
@@ -125,6 +128,9 @@ class LocalTrainer:
             if training.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, training.max_grad_norm, foreach=False)
             optimizer.step()
+            if search is not None:
+                search.after(progress.steps)
+                progress.replaced = search.replaced
         progress.diverged = not all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
         return progress
 
@@ -139,6 +145,19 @@ class LocalTrainer:
         generator = torch.Generator(device=self.model.device)
         generator.manual_seed(torch_seed(self.seed, "lora-dropout", *where))
         return SeededDropout(training.lora_dropout, generator)
+
+
+def _search(
+    active: ActiveAdapter,
+    training: LocalTraining,
+    optimizer: LocalOptimizer,
+    steps: int,
+    rng: np.random.Generator,
+) -> Search | None:
+    """Return the search over components, None if they do not compete."""
+    if not active.gates:
+        return None
+    return Search(training.beam, active.adapter.factors, active.gates, editable(optimizer), steps, rng)
 
 
 def _tail_norms(tails: Sequence[TailPenalty], active: ActiveAdapter, when: str) -> dict[str, float]:

@@ -18,13 +18,15 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from airtune.errors import InputError
 from airtune.lora import Adapter, AdapterShape, AdapterSlice, DenseUpdate, Indices, LoraFactors, MergedUpdate
 from airtune.streams import torch_seed
+from airtune.training.beam import Gate
 from airtune.training.dora import RowGain, decomposed
 from airtune.training.hardware import BASE_TYPE, Precision, checked_device, checked_precision
 from airtune.training.layers import head_parameters, hook_gain, inject_layers, install_parts, set_parameter
 from airtune.training.shapes import ModelConfig, adapter_shape, gain_name, is_gain, placement_of
-from airtune.types import ServerModel
+from airtune.types import Beam, ServerModel
 
 NOTHING = AdapterSlice({}, outside="frozen", extras=False)
 
@@ -40,12 +42,14 @@ class ActiveAdapter:
         With DoRA its B are those of the decomposed weight, and its extras hold magnitudes in place of gains.
     start : the same values before training, apart from the network.
     gains : name of the extra tensor -> the gains of one layer's rows (DoRA).
+    gates : slot -> the gate of its components (BeamLoRA).
     """
 
     slice: AdapterSlice
     adapter: Adapter
     start: Adapter
     gains: Mapping[str, RowGain] = field(default_factory=dict[str, RowGain])
+    gates: Mapping[str, Gate] = field(default_factory=dict[str, Gate])
 
     def trained(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield (owner, kind, tensor) of everything that requires gradients, in a fixed order."""
@@ -54,6 +58,7 @@ class ActiveAdapter:
                 yield owner, kind, tensor
             elif self.gains[owner].factors is not None:
                 yield owner, "magnitude", tensor
+        yield from ((slot, "gate", gate.logits) for slot, gate in self.gates.items())
 
     def values(self) -> Adapter:
         """Return the present values as the federation knows them, detached and on the CPU."""
@@ -63,6 +68,8 @@ class ActiveAdapter:
                 if name in extras and gain.factors is not None:
                     extras[name] = gain.compute()
                     factors[gain.slot] = replace(gain.factors, B=gain.factors.B * extras[name][:, None])
+            for slot, gate in self.gates.items():
+                factors[slot] = replace(factors[slot], B=factors[slot].B * gate.importance())
         values = replace(self.adapter, factors=factors, extras=extras)
         return _map_tensors(values, lambda tensor: tensor.detach().cpu().clone())
 
@@ -172,6 +179,7 @@ class FederatedModel:
         receive: AdapterSlice | None = None,
         *,
         dropout: nn.Module | None = None,
+        beam: Beam | None = None,
     ) -> ActiveAdapter:
         """Put one client's adapter onto the base, every tensor of it fresh, and return what the client trains.
 
@@ -182,6 +190,7 @@ class FederatedModel:
             frozen; if it is "absent", the client computes with the trained components alone.
         receive : what the client holds; None: everything.
         dropout : in front of A of what is trained (not of what is frozen, whose output stays a constant).
+        beam : of the gates, for a client that trains; None: no gates.
 
         Raises
         ------
@@ -194,18 +203,30 @@ class FederatedModel:
             wanted = train.extras if kind == "extra" else kind == "core" or kind in train.tensors
             fixed = owner in gains and gains[owner].factors is None
             tensor.requires_grad_(wanted and not fixed and (kind == "extra" or train.kept(owner) > 0))
+        gates = self._gates(trained, beam)
         frozen = _map_tensors(_held_only(model.adapter, train, receive), self._leaf)
         merged = {module: _map_factors(as_factors(update), self._leaf) for module, update in model.base_update.items()}
         for module, layer in self._layers.items():
             parts = [(trained.factors[slot], dropout) for slot in trained.placement.get(module, ())]
             parts += [(frozen.factors[slot], None) for slot in frozen.placement.get(module, ())]
             parts += [(merged[module], None)] if module in merged else []
-            install_parts(layer, parts, gains.get(gain_name(module)))
+            install_parts(layer, parts, gains.get(gain_name(module)), gates.get(module))
         self._hook(gains)
         for name, value in model.adapter.extras.items():
             if not is_gain(name):
                 set_parameter(self.network, name, trained.extras[name] if train.extras else self._leaf(value))
-        return ActiveAdapter(train, trained, start, gains)
+        return ActiveAdapter(train, trained, start, gains, gates)
+
+    def _gates(self, trained: Adapter, beam: Beam | None) -> dict[str, Gate]:
+        """Return equal gates for the slots that are trained, if components compete."""
+        if beam is None or self.config.adapter != "beam-lora":
+            return {}
+        found: dict[str, Gate] = {}
+        for slot, f in trained.factors.items():
+            if not (f.A.requires_grad and f.B.requires_grad):
+                raise InputError("model.adapter: beam-lora copies components of A and B, one of which is not trained")
+            found[slot] = Gate(nn.Parameter(f.A.new_zeros(f.rank)), beam.temperature)
+        return found
 
     def _decomposed(self, trained: Adapter, whole: Adapter, train: AdapterSlice) -> tuple[Adapter, dict[str, RowGain]]:
         """Return the client's adapter with DoRA's decomposition where it trains B, and the gains of every layer."""

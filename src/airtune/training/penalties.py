@@ -40,6 +40,7 @@ def proximal_distance(active: ActiveAdapter) -> Tensor:
     """Return ``||x - x_received||^2 / 2`` over everything that is trained (FedProx, arXiv 1812.06127)."""
     start = {(owner, kind): tensor for owner, kind, tensor in active.start.tensors()}
     start |= {(name, "magnitude"): tensor for name, tensor in active.start.extras.items() if name in active.gains}
+    start |= {(slot, "gate"): torch.zeros_like(gate.logits) for slot, gate in active.gates.items()}
     squares = [(tensor - start[owner, kind].to(tensor)).square().sum() for owner, kind, tensor in active.trained()]
     return _sum(squares, active) / 2
 

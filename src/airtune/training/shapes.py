@@ -14,9 +14,9 @@ from airtune.errors import InputError, unknown_name
 from airtune.lora import AdapterShape, SlotShape, lora_scaling
 
 Task = Literal["sequence-classification", "causal-lm"]
-AdapterKind = Literal["lora", "rslora", "dora", "msp-lora"]
+AdapterKind = Literal["lora", "rslora", "dora", "msp-lora", "beam-lora"]
 TASKS: tuple[Task, ...] = ("sequence-classification", "causal-lm")
-ADAPTER_KINDS: tuple[AdapterKind, ...] = ("lora", "rslora", "dora", "msp-lora")
+ADAPTER_KINDS: tuple[AdapterKind, ...] = ("lora", "rslora", "dora", "msp-lora", "beam-lora")
 LEVELS = 3  # of msp-lora: all layers, a group of layers, one layer
 ConfigJson = Mapping[str, Any]
 Sizes = dict[str, tuple[int, int]]
@@ -34,7 +34,8 @@ class ModelConfig:
         ``("all-linear",)``. Empty: the usual choice for the family, its query and value projections.
     adapter : "lora"; "rslora": the scaling is alpha / sqrt(rank) (arXiv 2312.03732); "dora": the norms of the weights'
         rows are trained, too (arXiv 2402.09353, `airtune.training.dora`); "msp-lora": a LoRA that all layers share, one
-        for each third of the layers, and one of each layer's own (arXiv 2503.21838).
+        for each third of the layers, and one of each layer's own (arXiv 2503.21838); "beam-lora": components compete
+        during local training (arXiv 2502.13604, `airtune.training.beam`).
     rank : number of components of each slot, unless a method wants another profile. With msp-lora that of what all
         layers share; half of it, and a quarter of it, for the other two.
     alpha : the scaling is alpha / rank.
