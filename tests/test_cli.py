@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import string
 import subprocess
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from airtune import cli
 from airtune.cli.arguments import split_overrides
-from airtune.errors import InputError
+from airtune.errors import InputError, MissingPackageError
 from tiny_experiment import head_of, lines_of, write_experiment
 
 
@@ -223,6 +225,14 @@ def test_names_and_citations(airtune: Airtune) -> None:
         (("fetch", "minilmm"), ("minilmm", "'minilm'")),
         (("cite", "legned"), ("'legend'",)),
         (("report", "HERE/absent"), ("absent",)),
+        (("report", "HERE", "--out", "/proc/airtune"), ("--out", "/proc/airtune")),
+        (("run", "FILE", "--fleet.memory-share", "1e-9", "--out", "OUT"), ("GB",)),
+        (("run", "FILE", "--variant.slow.cohort-size", "1"), ("variant.slow", "does not run")),
+        (("plan", "FILE", "--variant.slow.cohort-size", "1"), ("variant.slow", "does not run")),
+        (("run", "FILE", "--variant.nosuch.rank", "1"), ("variant", "'nosuch'", "slow")),
+        (("compare", "FILE", "--methods", "fed-sb,fed_sb", "--out", "OUT"), ("--methods", "twice")),
+        (("compare", "FILE", "--stop.rounds", "0", "--out", "OUT"), ("stop.rounds", "0")),
+        (("compare", "FILE", "--seeds", "0,-1", "--out", "OUT"), ("seed", "-1")),
     ],
 )
 def test_bad_input_is_exit_code_2_and_one_line(
@@ -340,7 +350,7 @@ def test_without_plotly_a_run_is_done_all_the_same(
     from airtune.report import html
 
     def absent() -> str:
-        raise InputError("report: plotly is not installed; valid: pip install 'airtune[plots]'")
+        raise MissingPackageError("report: plotly is not installed; valid: pip install 'airtune[plots]'")
 
     monkeypatch.setattr(html, "plotly_script", absent)
     done = airtune("run", file, "--out", tmp_path / "run")
@@ -348,6 +358,24 @@ def test_without_plotly_a_run_is_done_all_the_same(
     assert "no page: report: plotly is not installed" in done.err
     assert head_of(tmp_path / "run")["status"] == "done"
     assert airtune("report", tmp_path / "run").code == 2
+
+
+def test_a_disk_that_is_full_at_the_page_is_exit_code_3_and_keeps_the_run(
+    file: Path, tmp_path: Path, airtune: Airtune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = os.replace
+
+    def full(source: str, target: Path) -> None:
+        if Path(target).name == "report.html":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        honest(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    done = airtune("run", file, "--out", tmp_path / "run")
+    assert done.code == 3
+    assert "report.html: the disk is full" in done.err.splitlines()[-1]
+    assert head_of(tmp_path / "run")["status"] == "done"
+    assert not [path for path in (tmp_path / "run").iterdir() if "report.html" in path.name]
 
 
 # ------------------------------------------------------------------------------------------------------------- imports

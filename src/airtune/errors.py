@@ -10,6 +10,10 @@ class InputError(ValueError):
     """Bad input: one line that names the field and the valid values. The command line exits with code 2."""
 
 
+class MissingPackageError(InputError):
+    """A package that is needed is not installed; the line names the extra that brings it."""
+
+
 class NoResultError(RuntimeError):
     """The work was done as asked but has no result (infeasible, diverged, disk full). Exit code 3."""
 

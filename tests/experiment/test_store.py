@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from airtune.errors import InputError, NoResultError
-from airtune.experiment.store import RunStore, make_output_folder, new_store, plain, write_atomically
+from airtune.errors import InputError
+from airtune.experiment.store import RunStore, make_output_folder, new_store, plain
 from airtune.types import ClientRecord, RoundRecord
 
 CLIENT = ClientRecord(3, 8, 2, 1e6, 100, 50, 0.1, 0.2, 0.3, 0.4, 5.0)
@@ -116,20 +114,3 @@ def test_what_is_no_run_folder(tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(InputError, match=r"run\.json"):
             RunStore(tmp_path).read_head()
-
-
-@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EIO, "cannot write")])
-def test_a_full_disk_keeps_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
-) -> None:
-    path = tmp_path / "run.json"
-    write_atomically(path, b"old")
-
-    def fail(_: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(NoResultError, match=words):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]

@@ -14,8 +14,9 @@ from airtune.cli.files import experiment_file
 from airtune.cli.output import say
 from airtune.errors import InputError
 from airtune.experiment.planning import plan_round
-from airtune.experiment.store import make_output_folder, write_atomically
+from airtune.experiment.store import make_output_folder
 from airtune.experiment.sweep import changes, combinations, parse_settings
+from airtune.files import write_atomically
 
 Plain = dict[str, Any]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from airtune.cli.arguments import Arguments
 from airtune.cli.output import say
 from airtune.errors import InputError
@@ -18,6 +21,8 @@ def report(arguments: Arguments) -> int:
             target = float(arguments.target)
         except ValueError as error:
             raise InputError(f"--target: cannot read {arguments.target!r}; valid: a number") from error
+    if arguments.out is not None:
+        _check_writable(Path(arguments.out))
     say(f"done: {write_report(arguments.folders, arguments.out, target)}")
     if arguments.tensorboard:
         from airtune.report.tensorboard import write_event_files
@@ -25,3 +30,12 @@ def report(arguments: Arguments) -> int:
         for folder in [each for path in arguments.folders for each in run_folders(path)]:
             say(f"done: {write_event_files(folder)}")
     return 0
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {folder} cannot be written to ({error.strerror}); valid: a folder") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--out: {folder} cannot be written to; valid: a folder")

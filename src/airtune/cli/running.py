@@ -13,7 +13,7 @@ from airtune.cli.arguments import Arguments, listed, numbers
 from airtune.cli.files import experiment_file
 from airtune.cli.output import say
 from airtune.cli.progress import Display
-from airtune.errors import InputError, NoResultError
+from airtune.errors import InputError, MissingPackageError, NoResultError
 from airtune.experiment.config import ExperimentFile
 from airtune.experiment.store import RunStore, make_output_folder
 from airtune.experiment.sweep import parse_settings
@@ -77,10 +77,10 @@ def _resume(arguments: Arguments) -> tuple[Mapping[str, Any], Path]:
 
 
 def _page(write: Callable[[], Path]) -> Path | None:
-    """Write a page; where that is impossible (plotly is not installed) say so: the run itself is done."""
+    """Write a page; where plotly is not installed say so: the run itself is done."""
     try:
         return write()
-    except InputError as error:
+    except MissingPackageError as error:
         say(f"no page: {error}")
         return None
 

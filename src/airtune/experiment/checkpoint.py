@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from airtune.errors import InputError
-from airtune.experiment.store import write_atomically
 from airtune.federation import Progress
+from airtune.files import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,8 +17,9 @@ from airtune.experiment import checkpoint
 from airtune.experiment.build import Bench, Workshop, build
 from airtune.experiment.config import Experiment, read_experiment
 from airtune.experiment.provenance import git_revision, versions
-from airtune.experiment.store import ADAPTER_FOLDER, SCHEMA, Plain, RunStore, disk_errors, new_store
+from airtune.experiment.store import ADAPTER_FOLDER, SCHEMA, Plain, RunStore, new_store
 from airtune.federation import Progress, begin, run
+from airtune.files import disk_errors
 from airtune.lora import AdapterSlice, has_own, with_own
 from airtune.streams import stream
 from airtune.types import RoundRecord

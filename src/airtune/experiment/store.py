@@ -7,13 +7,11 @@ is there. Host times stand in timings.jsonl alone: rounds.jsonl is a function of
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import math
 import os
 import tempfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,7 +19,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from airtune.errors import InputError, NoResultError
+from airtune.errors import InputError
+from airtune.files import disk_errors, write_atomically
 from airtune.types import RoundRecord
 
 SCHEMA = 1
@@ -196,55 +195,12 @@ def plain(value: Any) -> Any:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, and a crash, meets the old or the new content, never a mixture.
-
-    Raises
-    ------
-    NoResultError : the disk is full or not writable.
-    """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, neighbour = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(neighbour, 0o644)
-            os.replace(neighbour, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(neighbour)
-            raise
-        sync_folder(path.parent)
-
-
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
     """Add one JSON line and sync it; see `write_atomically` for the errors."""
     with disk_errors(path), open(path, "ab") as file:
         file.write(_json_line(line))
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Generator[None]:
-    """Turn an OSError (disk full, not writable) into the `NoResultError` that names the file."""
-    try:
-        yield
-    except OSError as error:
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot write ({error.strerror})"
-        raise NoResultError(f"{path}: {what}; what was written before is kept") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _json_line(line: Mapping[str, Any]) -> bytes:

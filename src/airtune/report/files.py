@@ -1,34 +1,18 @@
-"""Writing text files so that a reader never meets half of one."""
+"""Writing the text files of a report."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from pathlib import Path
 
-from airtune.errors import InputError
+from airtune.files import write_atomically
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a file atomically: to a neighbour first, then renamed over the old one.
+    """Write a UTF-8 text file atomically and return its path.
 
     Raises
     ------
-    InputError : the folder cannot be written to.
+    NoResultError : the disk is full or not writable.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, neighbour = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); valid: a writable folder") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        os.chmod(neighbour, 0o644)
-        os.replace(neighbour, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(neighbour)
-        raise InputError(f"{path}: cannot be written ({error.strerror}); valid: a writable folder") from error
+    write_atomically(path, text.encode("utf-8"))
     return path

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-from airtune.errors import InputError
+from airtune.errors import MissingPackageError
 from airtune.report.figures import Figure, Json
 from airtune.report.files import write_text
 from airtune.version import __version__
@@ -134,7 +134,7 @@ def render(page: Page) -> str:
 
     Raises
     ------
-    InputError : plotly is not installed.
+    MissingPackageError : plotly is not installed.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -183,4 +183,4 @@ def plotly_script() -> str:
     try:
         return (resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
     except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise InputError("report: plotly is not installed; valid: pip install 'airtune[plots]'") from error
+        raise MissingPackageError("report: plotly is not installed; valid: pip install 'airtune[plots]'") from error
