@@ -65,7 +65,7 @@ def unconstrained() -> float:
 @pytest.mark.parametrize("share", [0.6, 0.8])
 def test_the_mean_latency_is_that_of_the_limit(share, unconstrained):
     limit = share * unconstrained
-    mean = mean_latency(TSFA(latency_limit=limit, pilot_rounds=0), 150)
+    mean = mean_latency(TSFA(latency_limit=limit, pilot_rounds=0), 120)
     assert 0.95 * limit <= mean <= 1.02 * limit
 
 
@@ -92,8 +92,8 @@ def test_a_moderate_weight_settles_within_one_per_cent(unconstrained):
 
 def test_a_larger_error_weight_trades_latency_for_components(unconstrained):
     limit, kept, latency = 0.7 * unconstrained, [], []
-    for weight in (0.3, 10.0, 1000.0):
-        found = list(rounds(TSFA(latency_limit=limit, error_weight=weight, pilot_rounds=0), 60))
+    for weight in (0.3, 30.0, 1000.0):
+        found = list(rounds(TSFA(latency_limit=limit, error_weight=weight, pilot_rounds=0), 40))
         kept.append(np.mean([plan.notes["mean_keep_ratio"] for _, plan, _ in found]))
         latency.append(np.mean([seconds for _, _, seconds in found]))
     assert kept[0] < kept[1] < kept[2]
@@ -278,7 +278,7 @@ def test_quantile_gain_is_the_quantile_of_the_true_gain_given_the_estimate():
     assert same[0] == 1e-10
 
 
-def late_share(method: TSFA, error_variance: float, count: int = 40) -> tuple[float, float]:
+def late_share(method: TSFA, error_variance: float, count: int = 30) -> tuple[float, float]:
     """Return how many uploads end after the planned latency, and the mean latency, under imperfect estimates."""
     world, model, late, seconds = SyntheticWorld(FLEET), ServerModel(make_adapter(ranks=8)), [], []
     state = method.init(model, FLEET)

@@ -80,6 +80,15 @@ def test_most_small_rounds_are_solved_exactly():
     assert exact >= 38
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_deep_fades_are_not_asked_for_what_no_band_carries(seed):
+    """At the latency that the rest needs, a client in a deep fade cannot send more however wide its band."""
+    p = random_round(8, 8, seed, queue=0.3)
+    p = replace(p, gain=p.gain * np.where(np.arange(8) == 3, 1e-4, 1.0))
+    found = drift_plus_penalty(p)
+    assert found.objective - found.value["bound"] <= float(-np.diff(p.errors, axis=1).max()) + 2e-3 * found.objective
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(4, 30))
 def test_many_clients_come_close_to_the_bound(seed, size):

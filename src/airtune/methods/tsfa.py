@@ -75,7 +75,7 @@ class TSFA:
     Parameters
     ----------
     latency_limit : s, mean over rounds; None: `limit_share` of the way from the least round 1 could take (one
-        component each) to what it takes uncompressed at equal shares, as round 1's channel estimates have it.
+        component each) to the least it takes uncompressed, as round 1's channel estimates have it.
     limit_share : 0 to 1.
     error_weight : weight of the error against latency, above 0; large values need more rounds to meet the limit.
     queues : "round": one queue for the longest client; "client": one per client, which limits each one's mean.
@@ -241,7 +241,7 @@ class TSFA:
             return self.latency_limit
         if not math.isnan(state.limit):
             return state.limit
-        least, most = options.latency(0), options.latency(len(options.bits) - 1, equal_split=True)
+        least, most = options.latency(0), options.latency(len(options.bits) - 1)
         return options.download_seconds + least + self.limit_share * (most - least)
 
     def _planned_gain(self, state: LatencyControl, seen: Observation) -> Floats:
@@ -298,8 +298,9 @@ class TSFA:
                 "gap": _gap(found),
             },
         }
-        problem = options.shortfall(limit - options.download_seconds)
-        return notes if problem is None else {**notes, "limit_out_of_reach": problem}
+        if floor > limit:
+            notes["limit_out_of_reach"] = options.shortfall(limit - options.download_seconds)
+        return notes
 
 
 def _check_possible(options: Choices, limit: float) -> None:

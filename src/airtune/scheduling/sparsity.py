@@ -67,23 +67,19 @@ class Choices:
             download_seconds=_download_seconds(tasks, clients, seen),
         )
 
-    def latency(self, choice: int, *, equal_split: bool = False) -> float:
-        """Return the seconds, without download, until all have sent ``bits[choice]``: least, or at equal shares."""
+    def latency(self, choice: int) -> float:
+        """Return the least seconds, without download, until all have sent ``bits[choice]``."""
         bits = np.full(len(self.tasks), self.bits[choice])
         if self.rates is not None:
             return float((self.compute_seconds + bits / self.rates).max())
-        if equal_split:
-            return float(self._uploads(choice).finish(self.bandwidth / len(self.tasks)).max())
         return self._finish(bits).objective
 
-    def shortfall(self, limit: float) -> str | None:
-        """Return which clients make a round within `limit` (s, without download) impossible, or None.
+    def shortfall(self, limit: float) -> str:
+        """Return which clients make a round within `limit` (s, without download) impossible, where it is.
 
         First those that could not meet it with the whole band to themselves; else those that need more than an equal
         share of it.
         """
-        if self.latency(0) <= limit:
-            return None
         uploads = self._uploads(0)
         if self.rates is not None:
             alone = self.compute_seconds + self.bits[0] / self.rates > limit

@@ -154,9 +154,11 @@ class _Search:
         self.evaluations += 1
         p = self.problem
         width = p.needed(latency)
-        gain, cost = -np.diff(p.errors, axis=1), np.diff(np.where(np.isfinite(width), width, 1e300), axis=1)
+        gain = -np.diff(p.errors, axis=1)
+        with np.errstate(invalid="ignore"):
+            cost = np.where(np.isfinite(width[:, 1:]), np.diff(width, axis=1), np.inf)
         density = np.minimum.accumulate(gain / np.maximum(cost, 1e-300), axis=1)  # falling, up to rounding
-        order = np.argsort(-density.ravel())
+        order = np.argsort(-density.ravel(), kind="stable")  # of equal ones a client's first upgrade first
         used = np.cumsum(cost.ravel()[order])
         band = p.total_bandwidth - float(width[:, 0].sum())
         count = int(np.searchsorted(used, band * (1.0 + 1e-12), side="right"))

@@ -106,7 +106,7 @@ class PowerError:
         for _ in range(60):
             value = self._log_gain(w, band) - np.log(price)
             low, high = np.where(value > 0.0, w, low), np.where(value > 0.0, high, w)
-            with np.errstate(divide="ignore", invalid="ignore"):
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
                 new = w * np.exp(-value / (w * self._log_gain_slope(w, band)))
             new = np.where((new >= low) & (new <= high), new, np.sqrt(low * high))
             moved = np.abs(new - w) > 1e-12 * w
@@ -210,7 +210,8 @@ class RatioProblem:
             lower = lower / excess
         upper = np.maximum(np.minimum(band.needed(1.0), total), lower)
 
-        width = upper if upper.sum() <= total else self._at_price(band, lower, upper)
+        wanted = float(upper.sum()) / total
+        width = upper / max(wanted, 1.0) if wanted <= 1.0 + 1e-9 else self._at_price(band, lower, upper)
         ratio = np.clip(band.ratio(width), self.least_ratio, 1.0)
         return Solution(width, "optimal", float((self.weights * self.error.error(ratio)).sum()), 1)
 
