@@ -10,6 +10,7 @@ from airtune.aggregation.mean import IndependentSampling, Mean
 from airtune.aggregation.one_factor import FrozenA
 from airtune.compression.soft import Soft
 from airtune.methods import built_in_names, method_class, method_names
+from airtune.methods.adaptive_sampling import AdaptiveSampling
 from airtune.methods.composed import Composed
 from airtune.methods.fed_sb import FedSB
 from airtune.methods.fedbuff import FedBuff
@@ -35,6 +36,7 @@ from airtune.methods.soft import SoftLoRA
 from airtune.methods.tsfa import TSFA
 from airtune.methods.wrappers import Deadline, FirstArrivals, Staleness
 from airtune.scheduling.bandwidth import EqualFinish
+from airtune.scheduling.joint_cohort import RoundConstants
 from airtune.scheduling.planner import Separate
 from airtune.scheduling.sampling import Independent, Uniform, Weighted
 from airtune.scheduling.slicing import Depth, RankByMemory, Sketch
@@ -62,6 +64,17 @@ class Row:
 
 
 ROWS = [
+    Row("adaptive-sampling", AdaptiveSampling(polish_evaluations=20, constants=RoundConstants(20.0, 4.0))),
+    Row(
+        "adaptive-sampling",
+        AdaptiveSampling(sampling="uniform", expected_cohort_size=0.8, replan_every=2, noise="losses", weight_cap=4.0),
+    ),
+    Row(
+        "adaptive-sampling",
+        AdaptiveSampling(
+            sampling="weighted", sizes="largest", expected_cohort_size=0.8, noise="gradients", replan_every=1
+        ),
+    ),
     Row("fedit", FedIT(cohort_size=1)),
     Row("fedit", FedIT(weights="uniform", bandwidth=EqualFinish()), {"seed": FULL}),
     Row("hetlora", HetLoRA(lowest_rank=1, cohort_size=1), {}),

@@ -10,6 +10,7 @@ from airtune.aggregation.registry import AGGREGATORS
 from airtune.capabilities import compatible
 from airtune.errors import InputError
 from airtune.federation import Stop, begin, run
+from airtune.methods.adaptive_sampling import AdaptiveSampling
 from airtune.methods.composed import PLANNERS, Composed
 from airtune.methods.fedit import FedIT
 from airtune.methods.hetlora import HetLoRA
@@ -34,6 +35,7 @@ PLANNER_ROWS: list[Any] = [
         for slicer in (FullSlice(), RankByMemory(), Depth(2), Depth(outside="absent"), RandomLayers(), Sketch(2))
     ),
     Separate(bandwidth=EqualFinish(), power=LeastPower()),
+    AdaptiveSampling(polish_evaluations=0),
     HetLoRA(lowest_rank=1),
     Legend(reference_rank=2),
     Legend(reference_rank=2, drop_straggler=True),

@@ -354,13 +354,13 @@ def test_the_published_scan_is_feasible_and_costs_more_than_the_optimum() -> Non
 
 
 def test_the_surrogate_program_is_solved() -> None:
-    from airtune.solvers.sampling_baselines import _surrogate
+    from airtune.solvers.sampling_baselines import _surrogates
 
     rng = np.random.default_rng(1)
     n = 5
     least, seconds = rng.uniform(0.02, 0.1, n), rng.lognormal(0, 0.5, n)
     total, scale, slope = 0.5 * (least @ seconds + seconds.sum()), 2.0, 7.0
-    q = _surrogate(least, seconds, total, scale, slope)
+    q = _surrogates(least, seconds, np.array([total]), np.array([scale]))[0]
     assert q @ seconds == pytest.approx(total)
 
     def value(p):

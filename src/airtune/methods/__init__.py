@@ -23,6 +23,7 @@ from airtune.errors import InputError, unknown_name
 ENTRY_POINT_GROUP = "airtune.methods"
 
 _BUILT_IN: Mapping[str, str] = {
+    "adaptive-sampling": "airtune.methods.adaptive_sampling:AdaptiveSampling",
     "composed": "airtune.methods.composed:Composed",
     "deadline": "airtune.methods.wrappers:Deadline",
     "fed-sb": "airtune.methods.fed_sb:FedSB",

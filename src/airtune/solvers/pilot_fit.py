@@ -103,12 +103,17 @@ def fit_pilots(
     if len(pilots) < FEWEST_PILOTS:
         raise InputError(f"pilot: {len(pilots)} settings are too few; valid: {FEWEST_PILOTS} or more")
     rounds = finite_array("pilot rounds", [pilot.rounds for pilot in pilots], len(pilots), positive=True)
-    fits = {form: _fit(form, pilots, rounds, weight, noise_weight) for form in forms}
-    found: dict[Form, Fit] = {form: fit for form, fit in fits.items() if fit is not None}
+    found: dict[Form, Fit] = {}
+    for form in forms:
+        fit = _fit(form, pilots, rounds, weight, noise_weight)
+        if fit is not None:
+            found[form] = fit
     if not found:
         raise NoResultError("pilot: no form fits; the settings must differ, and more noise must need more rounds")
-    best = min(found, key=lambda form: (round(float((found[form].residuals ** 2).sum()), 12), forms.index(form)))
-    return PilotFit(found[best], found)
+    best = min(
+        found.values(), key=lambda fit: (round(float((fit.residuals**2).sum()), 12), forms.index(fit.model.form))
+    )
+    return PilotFit(best, found)
 
 
 def _fit(form: Form, pilots: Sequence[Pilot], rounds: Array, weight: ArrayLike, noise_weight: ArrayLike) -> Fit | None:

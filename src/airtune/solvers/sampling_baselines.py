@@ -15,7 +15,8 @@ _GOLDEN = (5.0**0.5 - 1.0) / 2.0
 _BRACKET = 17
 _NARROWING = 12
 _SIZES = 9
-_BISECTIONS = 80
+_BISECTIONS = 60
+_DOUBLINGS = 30
 
 
 def baseline_decisions(problem: JointProblem, judge: Judge, dissimilarity: Array | None = None) -> dict[str, Decision]:
@@ -28,7 +29,7 @@ def baseline_decisions(problem: JointProblem, judge: Judge, dissimilarity: Array
     weight = problem.weight
     gradients = np.ones(problem.size) if dissimilarity is None else dissimilarity
     largest = problem.with_full_size()
-    sizes = _largest(problem)
+    sizes = largest_sizes(problem)
     ones = (weight > 0.0).astype(np.float64)
     found: dict[str, Decision | None] = {"full": judge.decision(ones, sizes)}
     for name, shape in (("uniform", ones), ("weighted", weight), ("statistical", weight * gradients)):
@@ -77,7 +78,7 @@ def _golden(at: Callable[[float], Decision], low: float, high: float) -> Decisio
 
 def best_probabilities_only(problem: JointProblem, judge: Judge) -> Decision | None:
     """Return the better of the additive and the deadline answer (of its largest threshold) for given sizes."""
-    sizes = _largest(problem)
+    sizes = largest_sizes(problem)
     upload = problem.upload / problem.bandwidth
     within = problem.allowed & (problem.weight > 0.0)[:, None]
     longest = float(problem.compute[within].max())
@@ -92,20 +93,26 @@ def best_probabilities_only(problem: JointProblem, judge: Judge) -> Decision | N
 def best_sizes_only(problem: JointProblem, judge: Judge) -> Decision | None:
     """Return equal q with sizes by a threshold on the computation: the best of a few thresholds and scales."""
     ones = (problem.weight > 0.0).astype(np.float64)
+    made = [scaled(judge, ones, choice) for choice in size_candidates(problem)]
+    return min((one for one in made if one is not None), key=lambda one: one.total_seconds, default=None)
+
+
+def size_candidates(problem: JointProblem) -> list[Ints]:
+    """Return sizes, [clients] each: the largest whose computation is within a threshold, else the smallest allowed.
+
+    The thresholds are quantiles of all computation times; the last one gives everyone its largest size.
+    """
     usable = problem.compute[problem.allowed & (problem.weight > 0.0)[:, None]]
-    made: list[Decision] = []
+    found: list[Ints] = []
     for threshold in np.quantile(usable, np.linspace(0.0, 1.0, _SIZES)):
         may = problem.allowed & (problem.compute <= threshold)
-        least = _smallest(problem)
         largest = may.shape[1] - 1 - may[:, ::-1].argmax(axis=1)
-        choice = np.where(may.any(axis=1), largest, least).astype(np.int64)
-        found = scaled(judge, ones, choice)
-        if found is not None:
-            made.append(found)
-    return min(made, key=lambda one: one.total_seconds, default=None)
+        found.append(np.where(may.any(axis=1), largest, _smallest(problem)).astype(np.int64))
+    return found
 
 
-def _largest(problem: JointProblem) -> Ints:
+def largest_sizes(problem: JointProblem) -> Ints:
+    """Return the largest size that every client can hold, [clients]."""
     last = problem.allowed[:, ::-1].argmax(axis=1)
     return (problem.allowed.shape[1] - 1 - last).astype(np.int64)
 
@@ -144,39 +151,35 @@ def published_scan(
     if bool((least >= 1.0).any()):
         return infeasible(count, f"{name_clients(least >= 1.0)}: N a^2 / beta is not below 1")
     low, high = float(least @ seconds), float(seconds.sum())
-    best: tuple[float, Array] | None = None
-    for time in np.geomspace(low, high, values + 2)[1:-1]:
-        q = _surrogate(least, seconds, float(time), alpha * float(time), count * beta)
-        x, y = alpha * q * time, count * beta * (q - least)
-        value = float((x * np.log(x) - np.log(y)).sum())
-        if best is None or value < best[0]:
-            best = (value, q)
-    assert best is not None, "the grid has at least one point"
-    q = best[1]
+    totals = np.geomspace(low, high, values + 2)[1:-1]
+    found = _surrogates(least, seconds, totals, alpha * totals)
+    x, y = alpha * totals[:, None] * found, count * beta * (found - least)
+    q = found[int((x * np.log(x) - np.log(y)).sum(axis=1).argmin())]
     rounds = float((alpha / (beta * (1.0 - least / q))).mean())
     return Solution(q, "feasible", rounds * float(q @ seconds), values)
 
 
-def _surrogate(least: Array, seconds: Array, total: float, scale: float, slope: float) -> Array:
-    """Return the minimiser of sum x log x - log y at one M, from its optimality conditions.
+def _surrogates(least: Array, seconds: Array, totals: Array, scales: Array) -> Array:
+    """Return the minimisers of sum x log x - log y for some M, [values, clients], from the optimality conditions.
 
     ``scale (log(scale q) + 1) - 1 / (q - least) + mu t = 0`` has one root in q for each price mu, which falls in mu.
     """
+    scale = scales[:, None]
 
-    def response(price: float) -> Array:
-        low, high = least.copy(), np.ones_like(least)
+    def response(price: Array) -> Array:
+        low, high = np.broadcast_to(least, (len(price), len(least))), np.ones((len(price), len(least)))
         for _ in range(_BISECTIONS):
             q = 0.5 * (low + high)
-            rising = scale * (np.log(scale * q) + 1.0) - 1.0 / np.maximum(q - least, 1e-300) + price * seconds > 0.0
-            low, high = np.where(rising, low, q), np.where(rising, q, high)
+            slope = scale * (np.log(scale * q) + 1.0) - 1.0 / np.maximum(q - least, 1e-300) + price[:, None] * seconds
+            low, high = np.where(slope > 0.0, low, q), np.where(slope > 0.0, q, high)
         return high
 
-    low, high = -1.0, 1.0
-    while float(response(low) @ seconds) < total and low > -1e30:
-        low *= 4.0
-    while float(response(high) @ seconds) > total and high < 1e30:
-        high *= 4.0
+    low, high = np.full(len(totals), -1.0), np.ones(len(totals))
+    for _ in range(_DOUBLINGS):
+        low = np.where(response(low) @ seconds < totals, 4.0 * low, low)
+        high = np.where(response(high) @ seconds > totals, 4.0 * high, high)
     for _ in range(_BISECTIONS):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if float(response(middle) @ seconds) > total else (low, middle)
+        over = response(middle) @ seconds > totals
+        low, high = np.where(over, middle, low), np.where(over, high, middle)
     return response(high)

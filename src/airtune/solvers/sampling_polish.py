@@ -11,6 +11,7 @@ from airtune.solvers.sampling_time import RoundTimes, Scenarios
 
 MOST_SCENARIOS, FEWEST_SCENARIOS = 256, 32
 MEMBERS = 6000
+_POWERS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25)
 
 
 def polish(problem: JointProblem, judge: Judge, start: Decision, evaluations: int, seed: int = 1) -> Decision:
@@ -37,14 +38,24 @@ def polish(problem: JointProblem, judge: Judge, start: Decision, evaluations: in
         for client in order[problem.weight[order] > 0.0].tolist():
             sizes = np.flatnonzero(problem.allowed[client])
             if evaluations < len(sizes) + 1:
-                return _better(best, judge.decision(q, choice))
+                return _together(judge, _better(best, judge.decision(q, choice)))
             evaluations -= len(sizes) + 1
             q[client], choice[client] = descent.best(client, sizes, q, choice)
         found = judge.decision(q, choice)
         gained = 1.0 - found.total_seconds / best.total_seconds
         best = _better(best, found)
         if gained < 1e-4 or bool(np.array_equal(before, q)):
-            return best
+            return _together(judge, best)
+
+
+def _together(judge: Judge, decision: Decision) -> Decision:
+    """Return the best of q^t for some t from 0 (everyone joins) to above 1: what single clients do not try."""
+    tried = [judge.decision(_power(decision.probability, t), decision.choice) for t in _POWERS]
+    return min([decision, *tried], key=lambda one: one.total_seconds)
+
+
+def _power(probability: Array, exponent: float) -> Array:
+    return np.where(probability > 0.0, np.maximum(probability, 1e-300) ** exponent, 0.0)
 
 
 def _scenarios(probability: Array, seed: int) -> Scenarios:
