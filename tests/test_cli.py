@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -13,13 +14,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from airtune import cli
 from airtune.cli.arguments import split_overrides
+from airtune.cli.progress import Display
 from airtune.errors import InputError, MissingPackageError
 from tiny_experiment import head_of, lines_of, write_experiment
 
@@ -132,6 +137,7 @@ def test_compare_writes_the_files_of_the_contract(file: Path, tmp_path: Path, ai
     assert (found["schema"], found["metric"], found["direction"]) == (1, "accuracy", "max")
     assert (found["target"], found["target_source"]) == (0.99, "given")
     assert set(found["tuned"]) == {"legend", "fedit"}
+    assert all(values["training.learning_rate"] in (1e-3, 1e-2) for values in found["tuned"].values())
     for run, method in zip(found["runs"], ("legend", "fedit"), strict=True):
         assert (run["method"], run["seed"], run["status"]) == (method, 0, "done")
         assert {"time_to_target_s", "uplink_bits_to_target", "downlink_bits_to_target", "energy_j_to_target"} <= set(
@@ -376,6 +382,21 @@ def test_a_disk_that_is_full_at_the_page_is_exit_code_3_and_keeps_the_run(
     assert "report.html: the disk is full" in done.err.splitlines()[-1]
     assert head_of(tmp_path / "run")["status"] == "done"
     assert not [path for path in (tmp_path / "run").iterdir() if "report.html" in path.name]
+
+
+@pytest.mark.parametrize(("rounds", "total", "done"), [(9, 9, 3), (None, 20.0, 4.5)])
+def test_the_bar_of_a_resumed_run_counts_rounds_or_fleet_seconds(rounds: int | None, total: float, done: float) -> None:
+    stop = SimpleNamespace(rounds=rounds, fleet_seconds=20.0)
+    made: Any = SimpleNamespace(label="fedit", seed=0, stop=stop)
+    bench: Any = SimpleNamespace(experiment=made, metric="accuracy", clients=[[1]])
+    lines = [{"uplink_bits": 8, "time_s": 1.5 * number} for number in range(4)]
+    store: Any = SimpleNamespace(folder="run", rounds=lambda: lines)
+    display = Display(Console(force_terminal=True, file=io.StringIO()))
+    display.started(bench, store, 3)
+    assert display.bar is not None
+    task = display.bar.tasks[0]
+    display.close()
+    assert (task.total, task.completed) == (total, done)
 
 
 # ------------------------------------------------------------------------------------------------------------- imports

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from airtune.errors import InputError
+from airtune.errors import InputError, NoResultError
 from airtune.report import CompareSummary, Run, compare_summary, render_table, write_compare_files
-from airtune.report.cells import cost_text, cost_units, spread_text, target_sentence
+from airtune.report.cells import cost_text, cost_units, early_notes, spread_text, target_sentence
 from airtune.report.quantities import Unit, bit_unit, counted, digits, energy_unit, metric_text, time_unit
 from airtune.report.records import Round
 from airtune.report.tables import (
@@ -253,7 +253,7 @@ def test_files_hold_the_summary(tmp_path: Path) -> None:
 
 def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(NoResultError, match="cannot write"):
         write_compare_files(tmp_path / "file" / "out", compare_summary(two_methods()))
 
 
@@ -269,6 +269,21 @@ def test_the_terminal_table_shows_everything() -> None:
     assert "Cost over that of slow" in text
     assert max(len(line) for line in text.splitlines()) <= 80
     assert target_sentence(compare_summary(two_methods())).endswith("(the worst run's best)")
+    assert "before training" not in text
+
+
+def test_a_target_that_needs_no_training_is_said_in_the_terminal() -> None:
+    console = Console(width=80, file=io.StringIO())
+    summary = compare_summary(two_methods(), 0.1)
+    console.print(render_table(summary))
+    text = " ".join(console.file.getvalue().split())
+    assert "4 of 4 runs met the target before training (round 0)" in text
+    assert early_notes(summary)[0].endswith("about them.")
+    assert early_notes({**summary, "target_source": "default"})[0].endswith("give another one with --target.")
+    for line in summary["runs"]:
+        assert (line["time_to_target_s"], line["uplink_bits_to_target"]) == (0.0, 0)
+        assert isinstance(line["uplink_bits_to_target"], int)
+        assert isinstance(line["downlink_bits_to_target"], int)
 
 
 @given(st.floats(min_value=1e-6, max_value=1e12))

@@ -39,13 +39,14 @@ class Display:
         limits = bench.experiment.stop
         self.label = f"{bench.experiment.label}-{bench.experiment.seed}"
         self.metric, self.rounds, self.seconds = bench.metric, limits.rounds, limits.fleet_seconds
-        self.value, self.uplink_bits = None, sum(line["uplink_bits"] for line in store.rounds())
+        lines = store.rounds()
+        self.value, self.uplink_bits = None, sum(line["uplink_bits"] for line in lines)
         idle = [client for client, rows in enumerate(bench.clients) if len(rows) == 0]
         if idle:
             self.screen.print(f"{self.label}: {len(idle)} of {len(bench.clients)} clients have no data: {_some(idle)}")
         self.screen.print(f"{self.label}: {len(bench.clients)} clients, {store.folder}")
         if self.screen.is_terminal:
-            self._open_bar(rounds_done)
+            self._open_bar(rounds_done if self.rounds is not None else lines[-1]["time_s"] if lines else 0.0)
 
     def round_done(self, line: Plain) -> None:
         """Show one more round."""
@@ -71,13 +72,14 @@ class Display:
             self.bar.stop()
             self.bar = None
 
-    def _open_bar(self, rounds_done: int) -> None:
+    def _open_bar(self, done: float) -> None:
         self.close()
         text, left = TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True)
         name = TextColumn("{task.description}")
         self.bar = Progress(name, BarColumn(bar_width=8), text, TextColumn("ETA"), left, console=self.screen)
         total = self.rounds if self.rounds is not None else self.seconds
-        self.task = self.bar.add_task(self.label, total=total, completed=rounds_done, text="evaluating")
+        self.task = self.bar.add_task(self.label, total=total, text="evaluating")
+        self.bar.update(self.task, completed=done)
         self.bar.start()
 
     def _text(self, line: Plain) -> str:

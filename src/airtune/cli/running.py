@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shlex
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from airtune.cli.progress import Display
 from airtune.errors import InputError, MissingPackageError, NoResultError
 from airtune.experiment.config import ExperimentFile
 from airtune.experiment.store import RunStore, make_output_folder
-from airtune.experiment.sweep import parse_settings
+from airtune.experiment.sweep import Values, parse_settings
 
 if TYPE_CHECKING:
     from airtune.experiment.compare import Compared, Comparison
@@ -152,7 +153,7 @@ def _write_comparison(compared: Compared, comparison: Comparison, target: float 
         summary = compare_summary(runs, target, out_dir=comparison.out)
     except InputError as error:
         raise NoResultError(f"{comparison.out}: nothing to compare: {error}") from error
-    stored = cast("CompareSummary", {**summary, "tuned": compared.tuned} if compared.tuned else summary)
+    stored = cast("CompareSummary", {**summary, "tuned": _numbers(compared.tuned)} if compared.tuned else summary)
     write_compare_files(comparison.out, stored)
     page = _page(lambda: write_compare_report(comparison.out, runs, summary))
     with _display() as display:
@@ -162,6 +163,21 @@ def _write_comparison(compared: Compared, comparison: Comparison, target: float 
     say(f"done: {page or comparison.out}")
     if print_json:
         print(json.dumps(stored))
+
+
+def _numbers(tuned: Mapping[str, Values]) -> dict[str, dict[str, int | float | str]]:
+    """Return chosen values with texts that are numbers as numbers."""
+    return {method: {name: _number(value) for name, value in values.items()} for method, values in tuned.items()}
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            continue
+        return value if math.isfinite(value) else text
+    return text
 
 
 def _seeds(arguments: Arguments, file: ExperimentFile) -> tuple[int, ...]:

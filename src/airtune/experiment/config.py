@@ -239,9 +239,10 @@ def _changed_variants(variants: Mapping[str, Plain], overrides: Mapping[str, Any
     for name, value in ours.items():
         found = _variant_name(variants, name)
         path = name.split(".")[2:]
-        if not path or not isinstance(changed[found], dict):
+        table: Any = changed[found]
+        if not path or not isinstance(table, dict):
             raise InputError(f"variant.{found}: is a table; valid: --variant.{found}.FIELD VALUE")
-        _set(changed[found], path, value, where=f"variant.{found}.")
+        _set(cast("Plain", table), path, value, where=f"variant.{found}.")
     return changed
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from airtune.report.quantities import Unit, bit_unit, digits, energy_unit, metric_text, time_unit
+from airtune.report.quantities import Unit, bit_unit, counted, digits, energy_unit, metric_text, time_unit
 from airtune.report.records import CompareSummary
 from airtune.report.tables import COSTS, MethodRow, PairedRatio, Spread, cost_of, method_rows, paired_ratios
 
@@ -92,6 +92,8 @@ def render_table(summary: CompareSummary) -> Group:
         cells = [Text(_bare(row.costs[cost], units[cost])) for cost in COSTS]
         done = f"{row.reached} of {row.seeds}" + (f", {row.failed} unfinished" if row.failed else "")
         table.add_row(Text(row.method), Text(done), *cells, Text(final_text(metric, row.final).removesuffix(" %")))
+    if notes := early_notes(summary):
+        table.caption, table.caption_justify = " ".join(notes), "left"
     ratios = paired_ratios(summary)
     if not ratios:
         return Group(table)
@@ -105,6 +107,16 @@ def target_sentence(summary: CompareSummary) -> str:
     )
     sign = "at least" if summary["direction"] == "max" else "at most"
     return f"Target: {summary['metric']} {sign} {metric_text(summary['metric'], summary['target'])} ({source})"
+
+
+def early_notes(summary: CompareSummary) -> list[str]:
+    """Return the warning that the target says little, where runs stood at it before any training."""
+    early = sum(line["time_to_target_s"] == 0 for line in summary["runs"])
+    if not early:
+        return []
+    of = counted(len(summary["runs"]), "run")
+    note = f"{early} of {of} met the target before training (round 0), so the costs to it say little about them"
+    return [f"{note}; give another one with --target." if summary["target_source"] == "default" else f"{note}."]
 
 
 def _bare(found: Spread | None, unit: Unit) -> str:

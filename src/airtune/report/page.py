@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from airtune.errors import InputError
-from airtune.report.cells import COST_TITLES, cost_text, cost_units, final_text, ratio_text, target_sentence
+from airtune.report.cells import (
+    COST_TITLES,
+    cost_text,
+    cost_units,
+    early_notes,
+    final_text,
+    ratio_text,
+    target_sentence,
+)
 from airtune.report.figures import Figure, cost_figure, learning_figure, ratio_figure
 from airtune.report.html import Chooser, Code, Entry, FigureSlot, Page, RoundView, Section, Table, Tile, write_page
 from airtune.report.load import load_runs, load_summary
@@ -127,7 +135,7 @@ def compare_page(runs: Sequence[Run], summary: CompareSummary) -> Page:
         ),
         headline=compare_headline(summary),
         lead=_compare_lead(runs, summary),
-        banners=[*_banners(runs), *_early(summary)],
+        banners=[*_banners(runs), *early_notes(summary)],
         figures=figures,
         entries=[_entry(run, len(runs)) for run in runs],
         sections=[
@@ -220,15 +228,6 @@ def _banners(runs: Sequence[Run]) -> list[str]:
             found.append(f"{name}the run's status is {run.status!r}{_why(run)}; what follows is what it left behind.")
         found += [f"{name}{warning}." for warning in run.warnings]
     return found
-
-
-def _early(summary: CompareSummary) -> list[str]:
-    """Return the warning that the target says little, where runs stood at it before any training."""
-    early = sum(line["time_to_target_s"] == 0 for line in summary["runs"])
-    if not early:
-        return []
-    of = counted(len(summary["runs"]), "run")
-    return [f"{early} of {of} met the target before training (round 0), so the costs to it say little about them."]
 
 
 def _why(run: Run) -> str:

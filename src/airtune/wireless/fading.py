@@ -191,14 +191,14 @@ def gauss_markov(seed: int, purpose: str, clients: Integers, first: Integers, co
     while abs(rho) ** (2**levels) >= _FORGOTTEN:
         levels += 1
     span = 2**levels
-    left = _node_values(seed, purpose, clients, index // span, span, 0)
+    left = _tree_values(seed, purpose, clients, index // span, span, 0)
     if levels == 0:
         return left
-    right = _node_values(seed, purpose, clients, index // span + 1, span, 0)
+    right = _tree_values(seed, purpose, clients, index // span + 1, span, 0)
     for level in range(levels):
         half = span >> (level + 1)
         decay = rho**half
-        noise = _node_values(seed, purpose, clients, index // (2 * half), 2 * half, half)
+        noise = _tree_values(seed, purpose, clients, index // (2 * half), 2 * half, half)
         deviation = math.sqrt((1.0 - decay * decay) / (1.0 + decay * decay))
         middle = decay / (1.0 + decay * decay) * (left + right) + deviation * noise
         upper = index % (2 * half) >= half
@@ -206,12 +206,12 @@ def gauss_markov(seed: int, purpose: str, clients: Integers, first: Integers, co
     return left
 
 
-def _node_values(seed: int, purpose: str, clients: Integers, cell: Integers, width: int, offset: int) -> Complex:
-    """Return the complex normal of tree node cell * width + offset, [clients, count]; each node is drawn once."""
+def _tree_values(seed: int, purpose: str, clients: Integers, cell: Integers, width: int, offset: int) -> Complex:
+    """Return the complex normal at place cell * width + offset of the tree, [clients, count], each drawn once."""
     lowest = cell[:, :1]
     spread = int((cell[:, -1:] - lowest).max(initial=0)) + 1
-    nodes = (lowest + np.arange(spread, dtype=np.int64)) * width + offset
-    values = complex_normal(seed, purpose, clients[:, None], nodes)
+    places = (lowest + np.arange(spread, dtype=np.int64)) * width + offset
+    values = complex_normal(seed, purpose, clients[:, None], places)
     return values if spread == cell.shape[1] == 1 else np.take_along_axis(values, cell - lowest, axis=1)
 
 
