@@ -158,7 +158,8 @@ class _Search:
         with np.errstate(invalid="ignore"):
             cost = np.where(np.isfinite(width[:, 1:]), np.diff(width, axis=1), np.inf)
         density = np.minimum.accumulate(gain / np.maximum(cost, 1e-300), axis=1)  # falling, up to rounding
-        order = np.argsort(-density.ravel(), kind="stable")  # of equal ones a client's first upgrade first
+        density *= 1.0 - 1e-12 * np.arange(density.shape[1])  # of equal ones a client's first upgrade first
+        order = np.argsort(-density.ravel())
         used = np.cumsum(cost.ravel()[order])
         band = p.total_bandwidth - float(width[:, 0].sum())
         count = int(np.searchsorted(used, band * (1.0 + 1e-12), side="right"))
