@@ -194,7 +194,7 @@ def test_names_and_citations(airtune: Airtune) -> None:
     ("argv", "words"),
     [
         ((), ("COMMAND",)),
-        (("rnu",), ("rnu", "run", "compare")),
+        (("rnu",), ("COMMAND", "'rnu' (did you mean 'run'?)", "compare")),
         (("run",), ("EXPERIMENT.toml", "--resume")),
         (("run", "absent.toml"), ("absent.toml", "no such file")),
         (("run", "FILE", "--methd", "fedit"), ("--methd", "--method")),
@@ -231,6 +231,9 @@ def test_names_and_citations(airtune: Airtune) -> None:
         (("fetch", "minilmm"), ("minilmm", "'minilm'")),
         (("cite", "legned"), ("'legend'",)),
         (("report", "HERE/absent"), ("absent",)),
+        (("cite", "FedITT"), ("did you mean 'fedit'",)),
+        (("run", "FILE", "--training.learning-rate", "fast"), ("training.learning_rate", "valid: ")),
+        (("run", "FILE", "--fleet.devices", "{ nokia-3310 = 2 }"), ("fleet.devices: unknown name 'nokia-3310'",)),
         (("report", "HERE", "--out", "/proc/airtune"), ("--out", "/proc/airtune")),
         (("run", "FILE", "--fleet.memory-share", "1e-9", "--out", "OUT"), ("GB",)),
         (("run", "FILE", "--variant.slow.cohort-size", "1"), ("variant.slow", "does not run")),

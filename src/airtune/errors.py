@@ -21,6 +21,7 @@ class NoResultError(RuntimeError):
 def unknown_name(field: str, name: str, valid: Iterable[str]) -> InputError:
     """Return the error for a name that is not known: it lists the valid names and the nearest one."""
     names = sorted(valid)
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    lower = {known.lower(): known for known in names}
+    nearest = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    hint = f" (did you mean {lower[nearest[0]]!r}?)" if nearest else ""
     return InputError(f"{field}: unknown name {name!r}{hint}; valid: {', '.join(names)}")

@@ -131,6 +131,11 @@ def test_overrides_come_last_and_minus_is_underscore(tmp_path: Path) -> None:
     assert read_file(path, {"data.partition.alpha": "3"}).experiment().partition == PARTITIONERS["dirichlet"](3.0)
 
 
+def test_tables_on_the_command_line_are_json_or_toml() -> None:
+    for text in ('{"pixel-8": 3}', "{ pixel-8 = 3 }"):
+        assert ExperimentFile("x", BASE, {"fleet.devices": text}).experiment().fleet.devices == {"pixel-8": 3}
+
+
 def test_an_override_makes_a_name_a_table() -> None:
     made = ExperimentFile("x", {**BASE, "method": "fedit"}, {"method.cohort_size": "1"}).experiment()
     assert made.method.cohort_size == 1  # type: ignore[attr-defined]

@@ -30,7 +30,21 @@ from airtune.methods import method_class
 from tiny_experiment import head_of, lines_of, write_experiment
 
 SMALL = {"fedbuff": {"method__concurrency": 4, "method__buffer_size": 2}}  # what a fleet of six allows
-METHODS = ("fedit", "hetlora", "legend", "flora", "fedsa-lora", "fedbuff", "fed-sb", "hierfedlora", "soft")
+METHODS = (
+    "fedit",
+    "hetlora",
+    "legend",
+    "flora",
+    "fedsa-lora",
+    "fedbuff",
+    "fed-sb",
+    "hierfedlora",
+    "soft",
+    "fedsvd",
+    "rolora",
+    "rac-lora",
+    "tsfa",
+)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +142,13 @@ def test_equal_configurations_are_byte_equal_and_another_seed_is_not(
         start(experiment(file, seed=seed), tmp_path / name, Session(Workshop()) if name == "b" else session)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     first, other = lines_of(tmp_path / "a"), lines_of(tmp_path / "c")
+    drawn = [
+        {name: f.A for name, f in build(experiment(file, seed=s), session.workshop).start.adapter.factors.items()}
+        for s in (0, 0, 1)
+    ]
+    for name, factor in drawn[0].items():
+        assert torch.equal(factor, drawn[1][name])
+        assert not torch.isclose(factor, drawn[2][name]).any(), "the initial A must depend on the seed"
     assert first[0]["loss"] != other[0]["loss"], "the head before training must depend on the seed"
     assert [line["cohort"] for line in first] != [line["cohort"] for line in other]
     examples = [[client["examples"] for client in head_of(tmp_path / name)["fleet"]] for name in "ac"]

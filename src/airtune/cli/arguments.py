@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from airtune.errors import InputError
+from airtune.errors import InputError, unknown_name
 from airtune.version import __version__
 
 HELP = """\
@@ -110,6 +111,9 @@ class _Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are `InputError`s."""
 
     def error(self, message: str) -> NoReturn:
+        wrong = re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if wrong:
+            raise unknown_name(wrong[1], wrong[2], wrong[3].replace("'", "").split(", "))
         raise InputError(f"{message}; see {self.prog} --help")
 
 

@@ -58,7 +58,8 @@ def _start(arguments: Arguments) -> tuple[Mapping[str, Any], Path]:
     from airtune.experiment.run import Session, start
 
     with _resumable(folder), _display() as display:
-        return start(experiment, folder, Session(Workshop(), display, arguments.line)), folder
+        session = Session(Workshop(), display, arguments.line, Path(arguments.experiment))
+        return start(experiment, folder, session), folder
 
 
 def _resume(arguments: Arguments) -> tuple[Mapping[str, Any], Path]:
@@ -135,7 +136,7 @@ def compare(arguments: Arguments) -> int:
     )
     target = _target(arguments, file)
     with _resumable(comparison.out), _display() as display:
-        compared = run_all(comparison, Session(Workshop(), display))
+        compared = run_all(comparison, Session(Workshop(), display, file=Path(arguments.experiment)))
     _write_comparison(compared, comparison, target, print_json=arguments.json)
     for folder, reason in compared.failed.items():
         say(f"failed: {folder}: {' '.join(reason.split())}")

@@ -154,7 +154,9 @@ def _partition(experiment: Experiment, train: TokenizedData) -> list[Indices]:
     try:
         return experiment.partition(train.labels, experiment.fleet.clients, seed=experiment.seed)
     except InputError as error:
-        text = str(error)
+        text = str(error).replace("partition.name:", "partition.type:", 1)
+        if "cannot deal" in text:
+            text = f"{text}; valid: fewer clients, more rows, or another type"
         raise InputError(f"data.{text}" if text.startswith("partition") else text) from error
 
 

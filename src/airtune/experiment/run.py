@@ -65,11 +65,13 @@ class Session:
     workshop : base model and tokens, shared between runs.
     reporter : hears of the progress.
     command : the command line that repeats the run, for run.json; empty if unknown.
+    file : the experiment file, whose revision run.json names.
     """
 
     workshop: Workshop
     reporter: Reporter = field(default_factory=Silent)
     command: str = ""
+    file: Path | None = None
 
 
 def start(experiment: Experiment, folder: Path, session: Session) -> Plain:
@@ -90,7 +92,7 @@ def start(experiment: Experiment, folder: Path, session: Session) -> Plain:
     except BaseException:
         folder.rmdir()
         raise
-    store.write_head(_first_head(bench, session.command))
+    store.write_head(_first_head(bench, session))
     fingerprint = digest(bench.experiment.plain())
     checkpoint.save(store.checkpoint, progress, fingerprint)
     return _run(bench, store, progress, session, fingerprint)
@@ -220,7 +222,7 @@ def _export(bench: Bench, progress: Progress, store: RunStore) -> Plain:
 # ------------------------------------------------------------------------------------------------------------ run.json
 
 
-def _first_head(bench: Bench, command: str) -> Plain:
+def _first_head(bench: Bench, session: Session) -> Plain:
     experiment = bench.experiment
     head: Plain = {
         "schema": SCHEMA,
@@ -230,10 +232,11 @@ def _first_head(bench: Bench, command: str) -> Plain:
         "seed": experiment.seed,
         "metric": bench.metric,
         "direction": bench.direction,
-        "command": command,
+        "command": session.command,
         "config": experiment.plain(),
         "versions": versions(),
         "git": git_revision(),
+        "experiment_git": None if session.file is None else git_revision(session.file.resolve()),
         "final": {},
         "export": None,
     }

@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, is_dataclass
 from functools import lru_cache
@@ -190,7 +191,9 @@ def _read_single(hint: Any, value: Any, where: str) -> Any:
         result = _adapter(hint).validate_python(value)
     except pydantic.ValidationError as error:
         reason = error.errors()[0]["msg"]
-        raise InputError(f"{where}: {_shown(value)} is wrong: {reason[0].lower()}{reason[1:]}") from error
+        raise InputError(
+            f"{where}: {_shown(value)} is wrong: {reason[0].lower()}{reason[1:]}; valid: {shown_type(hint)}"
+        ) from error
     if isinstance(result, float) and math.isnan(result):
         raise InputError(f"{where}: must be a number, not nan")
     return result
@@ -206,8 +209,16 @@ def _from_text(hint: Any, value: Any) -> Any:
         try:
             return json.loads(value)
         except json.JSONDecodeError:
-            return value
+            return _inline_table(value)
     return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _inline_table(text: str) -> Any:
+    """Return the value of text in TOML's notation, ``{ jetson-tx2 = 2 }``, or the text if it is none."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 @lru_cache(maxsize=512)

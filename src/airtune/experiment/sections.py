@@ -68,7 +68,7 @@ class FleetConfig:
         try:
             known = {name: load_profile(name) for name in names}
         except InputError as error:
-            raise InputError(f"devices: {error}") from error
+            raise InputError(f"devices: {str(error).removeprefix('device: ')}") from error
         if isinstance(self.devices, Mapping):
             return [known[name] for name, count in self.devices.items() for _ in range(count)]
         return [known[name] for name in self.devices]
