@@ -79,6 +79,10 @@ def test_the_drawn_cohort_finishes_together_and_never_later_than_with_equal_shar
         seen = observed(world)
         ends = [finish(task, seen) for task in tasks]
         assert np.ptp(ends) < 1e-6 * max(ends)
+        alone = first_plan(AdaptiveSampling(count_download=False, **QUICK), world, seed)
+        if alone.tasks:
+            predicted = alone.notes["predicted_round_s"]
+            assert predicted == pytest.approx(max(finish(task, seen) for task in alone.tasks))
         assert sum(task.bandwidth for task in tasks) == pytest.approx(seen.free_bandwidth)
         share = seen.free_bandwidth / len(tasks)
         assert max(ends) <= max(finish(replace(task, bandwidth=share), seen) for task in tasks) * (1 + 1e-9)

@@ -369,7 +369,12 @@ class AdaptiveSampling:
         return notes
 
     def _round_notes(self, tasks: tuple[ClientTask, ...], seen: Observation, work: LocalWork) -> dict[str, Any]:
-        notes: dict[str, Any] = {"predicted_compute_s": [seen.costs.compute_seconds(task) for task in tasks]}
+        compute = [seen.costs.compute_seconds(task) for task in tasks]
+        ends = _ends(tasks, np.array(compute), seen, self.count_download)
+        notes: dict[str, Any] = {
+            "predicted_compute_s": compute,
+            "predicted_round_s": float(ends.max(initial=0.0)) or self.idle_seconds,
+        }
         if not tasks:
             notes["empty_round"] = True
         if not _is_plain_sgd(work.training):
@@ -379,6 +384,17 @@ class AdaptiveSampling:
             notes["departure"] = f"weights are clipped at {self.weight_cap:g} a_n, which biases the sum"
             notes["clipped"] = clipped
         return notes
+
+
+def _ends(tasks: tuple[ClientTask, ...], compute: Floats, seen: Observation, count_download: bool) -> Floats:
+    """Return when every client of the cohort ends by the estimated channel, [cohort], s."""
+    clients = np.array([task.client for task in tasks], dtype=np.int64)
+    width, power = (np.array([getattr(t, name) for t in tasks]) for name in ("bandwidth", "transmit_power"))
+    bits = np.array([float(seen.costs.uplink_bits(task)) for task in tasks])
+    upload = bits / np.maximum(seen.links.uplink_rate(clients, width, power), 1e-300) if len(tasks) else bits
+    received = np.array([float(seen.costs.downlink_bits(task)) for task in tasks])
+    download = received / seen.links.downlink_rate(clients) if count_download and len(tasks) else 0.0 * bits
+    return np.asarray(download + compute + upload, dtype=np.float64)
 
 
 def _is_plain_sgd(training: LocalTraining) -> bool:
