@@ -18,6 +18,7 @@ from airtune.errors import InputError, unknown_name
 from airtune.experiment import kinds
 from airtune.experiment.combinations import check_combination
 from airtune.experiment.hints import Context, Plain
+from airtune.experiment.paths import absolute_overrides, absolute_paths
 from airtune.experiment.schema import check_keys, read, read_dataclass, write_dataclass
 from airtune.experiment.sections import (
     Engine,
@@ -173,7 +174,8 @@ def read_file(path: Path, overrides: Mapping[str, Any] | None = None) -> Experim
     check_keys(tables, KEYS, "")
     if "name" in tables:
         _check_name("name", tables["name"])
-    return ExperimentFile(tables.get("name", path.stem), tables, overrides or {})
+    tables = absolute_paths(tables, path.resolve().parent)
+    return ExperimentFile(tables.get("name", path.stem), tables, absolute_overrides(overrides or {}, Path.cwd()))
 
 
 def read_experiment(plain: Plain, label: str | None = None) -> Experiment:
