@@ -17,7 +17,7 @@ import numpy as np
 from airtune.aggregation.declaring import reshaped
 from airtune.aggregation.staleness import weaken_stale
 from airtune.errors import InputError
-from airtune.federation import prepared
+from airtune.federation import Diagnoses, prepared
 from airtune.lora import AdapterShape
 from airtune.scheduling.work import ChoosesRanks
 from airtune.types import Cutoff, Fleet, Method, Observation, Plan, RoundOutcome, ServerModel
@@ -26,7 +26,41 @@ Late = Literal["drop", "keep"]
 
 
 @dataclass(frozen=True)
-class Deadline:
+class Wrapper:
+    """What every wrapper passes on to the method inside: state, ranks, first model, diagnostics.
+
+    Parameters
+    ----------
+    method : the wrapped method.
+    """
+
+    method: Method[Any]
+
+    def init(self, model: ServerModel, fleet: Fleet) -> Any:
+        """Return the wrapped method's state."""
+        return self.method.init(model, fleet)
+
+    def ranks(self, shape: AdapterShape) -> Mapping[str, int]:
+        """Return the ranks that the wrapped method wants."""
+        if isinstance(self.method, ChoosesRanks):
+            return self.method.ranks(shape)
+        return {name: slot.rank for name, slot in shape.slots.items()}
+
+    def prepare(self, model: ServerModel) -> ServerModel:
+        """Return the model that the wrapped method starts from."""
+        return prepared(self.method, model)
+
+    def reshape(self, shape: AdapterShape) -> AdapterShape:
+        """Return the sizes of the adapter that the wrapped method starts from."""
+        return reshaped(self.method, shape)
+
+    def diagnose(self, state: Any, outcome: RoundOutcome) -> Mapping[str, float]:
+        """Return what the wrapped method puts on record."""
+        return self.method.diagnose(state, outcome) if isinstance(self.method, Diagnoses) else {}
+
+
+@dataclass(frozen=True)
+class Deadline(Wrapper):
     """Ends each round of a method after a number of seconds, with whatever has arrived.
 
     Parameters
@@ -36,7 +70,6 @@ class Deadline:
     late : "drop" what has not arrived (its seconds, bits and joules are charged), or "keep" it in flight.
     """
 
-    method: Method[Any]
     seconds: float
     late: Late = "drop"
 
@@ -44,10 +77,6 @@ class Deadline:
         """Check the seconds."""
         if not (math.isfinite(self.seconds) and self.seconds > 0):
             raise InputError(f"method.seconds: must be positive, in s; got {self.seconds:g}")
-
-    def init(self, model: ServerModel, fleet: Fleet) -> Any:
-        """Return the wrapped method's state."""
-        return self.method.init(model, fleet)
 
     def plan(self, state: Any, seen: Observation, rng: np.random.Generator) -> Plan:
         """Return the wrapped method's plan with the deadline."""
@@ -58,21 +87,9 @@ class Deadline:
         """Let the wrapped method aggregate."""
         return self.method.aggregate(state, model, outcome)
 
-    def ranks(self, shape: AdapterShape) -> Mapping[str, int]:
-        """Return the ranks that the wrapped method wants."""
-        return _ranks(self.method, shape)
-
-    def prepare(self, model: ServerModel) -> ServerModel:
-        """Return the model that the wrapped method starts from."""
-        return prepared(self.method, model)
-
-    def reshape(self, shape: AdapterShape) -> AdapterShape:
-        """Return the sizes of the adapter that the wrapped method starts from."""
-        return reshaped(self.method, shape)
-
 
 @dataclass(frozen=True)
-class FirstArrivals:
+class FirstArrivals(Wrapper):
     """Ends each round of a method when a number of updates have arrived.
 
     Parameters
@@ -82,7 +99,6 @@ class FirstArrivals:
     late : "drop" or "keep" the others, as in `Deadline`.
     """
 
-    method: Method[Any]
     updates: int
     late: Late = "drop"
 
@@ -90,10 +106,6 @@ class FirstArrivals:
         """Check the number."""
         if self.updates < 1:
             raise InputError(f"method.updates: must be at least 1; got {self.updates}")
-
-    def init(self, model: ServerModel, fleet: Fleet) -> Any:
-        """Return the wrapped method's state."""
-        return self.method.init(model, fleet)
 
     def plan(self, state: Any, seen: Observation, rng: np.random.Generator) -> Plan:
         """Return the wrapped method's plan with the cut-off."""
@@ -104,21 +116,9 @@ class FirstArrivals:
         """Let the wrapped method aggregate."""
         return self.method.aggregate(state, model, outcome)
 
-    def ranks(self, shape: AdapterShape) -> Mapping[str, int]:
-        """Return the ranks that the wrapped method wants."""
-        return _ranks(self.method, shape)
-
-    def prepare(self, model: ServerModel) -> ServerModel:
-        """Return the model that the wrapped method starts from."""
-        return prepared(self.method, model)
-
-    def reshape(self, shape: AdapterShape) -> AdapterShape:
-        """Return the sizes of the adapter that the wrapped method starts from."""
-        return reshaped(self.method, shape)
-
 
 @dataclass(frozen=True)
-class Staleness:
+class Staleness(Wrapper):
     """Gives updates that started from an earlier model less weight: ``x + (1 + age)^-exponent (x_n - start_n)``.
 
     The age counts model versions. A fresh update is untouched. The polynomial form is that of FedAsync (arXiv
@@ -130,17 +130,12 @@ class Staleness:
     exponent : 0 only moves the stale change onto the current model.
     """
 
-    method: Method[Any]
     exponent: float = 0.5
 
     def __post_init__(self) -> None:
         """Check the exponent."""
         if not (math.isfinite(self.exponent) and self.exponent >= 0):
             raise InputError(f"method.exponent: must be at least 0; got {self.exponent:g}")
-
-    def init(self, model: ServerModel, fleet: Fleet) -> Any:
-        """Return the wrapped method's state."""
-        return self.method.init(model, fleet)
 
     def plan(self, state: Any, seen: Observation, rng: np.random.Generator) -> Plan:
         """Return the wrapped method's plan."""
@@ -150,24 +145,6 @@ class Staleness:
         """Weaken what is stale, then let the wrapped method aggregate."""
         return self.method.aggregate(state, model, weaken_stale(model, outcome, self.exponent))
 
-    def ranks(self, shape: AdapterShape) -> Mapping[str, int]:
-        """Return the ranks that the wrapped method wants."""
-        return _ranks(self.method, shape)
-
-    def prepare(self, model: ServerModel) -> ServerModel:
-        """Return the model that the wrapped method starts from."""
-        return prepared(self.method, model)
-
-    def reshape(self, shape: AdapterShape) -> AdapterShape:
-        """Return the sizes of the adapter that the wrapped method starts from."""
-        return reshaped(self.method, shape)
-
 
 def _with_cutoffs(plan: Plan, change: Callable[[Cutoff], Cutoff]) -> Plan:
     return replace(plan, groups=tuple(replace(group, cutoff=change(group.cutoff)) for group in plan.groups))
-
-
-def _ranks(method: Method[Any], shape: AdapterShape) -> Mapping[str, int]:
-    if isinstance(method, ChoosesRanks):
-        return method.ranks(shape)
-    return {name: slot.rank for name, slot in shape.slots.items()}
