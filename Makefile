@@ -25,7 +25,7 @@ FETCH := $(BIN)/airtune fetch minilm reuters-r8
 demo: .venv/demo.stamp
 	$(FETCH)
 	rm -rf demo-run
-	$(BIN)/airtune compare experiments/quickstart/quickstart.toml --methods legend,fedit --seeds 0 --out demo-run
+	$(BIN)/airtune compare experiments/quickstart/quickstart.toml --methods legend,fedit --seeds 0 --stop.rounds 6 --out demo-run
 	@echo "The report: demo-run/report.html (open it in a browser)"
 
 test: .venv/test.stamp
