@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from airtune.experiment.config import Experiment
 from airtune.experiment.sections import FleetConfig
 from airtune.simulation.cell import Cell
 from airtune.simulation.costs import CostModel
 from airtune.simulation.fleet import fleet_of, modes_of
 from airtune.types import Fleet, Ints
+from airtune.wireless.radio import RadioChannel
+from airtune.wireless.trace import TraceChannel
 
 
 def nominal_fleet(config: FleetConfig, num_examples: Ints, label_counts: Ints | None = None) -> Fleet:
@@ -25,7 +29,7 @@ def cell_of(experiment: Experiment, costs: CostModel) -> Cell:
         nominal=costs.fleet,
         costs=costs,
         seed=experiment.seed,
-        channel=wireless.channel,
+        channel=_for_fleet(wireless.channel, fleet.clients),
         knowledge=wireless.options.knowledge,
         modes=modes_of(fleet.profiles(), fleet.mode_period),
         availability=fleet.availability,
@@ -34,3 +38,10 @@ def cell_of(experiment: Experiment, costs: CostModel) -> Cell:
         battery=fleet.battery,
         charging=fleet.charging,
     )
+
+
+def _for_fleet(channel: RadioChannel, clients: int) -> RadioChannel:
+    """Return the channel; a trace must have rows for exactly the fleet's clients, else InputError names the file."""
+    if isinstance(channel, TraceChannel) and channel.clients is None:
+        return replace(channel, clients=clients)
+    return channel
