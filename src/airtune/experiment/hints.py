@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from importlib import import_module
+from inspect import isabstract
 from typing import Any, Literal, Protocol, cast
 
 Plain = dict[str, Any]
@@ -87,9 +88,9 @@ def _registered(protocol: type) -> Choices:
 
 
 def implementations(protocol: type, module: str) -> Choices:
-    """Return the dataclasses that a module defines and that have all members of a protocol, by name."""
+    """Return the dataclasses that a module defines, not abstract, that have all members of a protocol, by name."""
     classes = [kind for kind in vars(import_module(module)).values() if isinstance(kind, type)]
-    own = [kind for kind in classes if kind.__module__ == module and is_dataclass(kind)]
+    own = [kind for kind in classes if kind.__module__ == module and is_dataclass(kind) and not isabstract(kind)]
     return {name_of(kind): kind for kind in own if _fits(kind, protocol)}
 
 
