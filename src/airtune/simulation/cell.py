@@ -186,6 +186,6 @@ class Cell:
             return np.ones(len(clients), dtype=np.bool_)
         return self.battery.allows(charge, 0.0)
 
-    def stays(self, client: int, start: float, end: float) -> bool:
+    def stays(self, client: int, end: float) -> bool:
         """Return whether a client is there when its upload ends. A client that comes back in between has resumed."""
         return bool(self.availability.available(self.seed, np.array([client]), end)[0])

@@ -182,7 +182,7 @@ class SimulatedRunner:
         charge = self.cell.charge(round_.pending)
         if charge is not None and cost.joules > charge[task.client]:
             return "battery empty"
-        return None if self.cell.stays(task.client, round_.time, arrival) else "vanished"
+        return None if self.cell.stays(task.client, arrival) else "vanished"
 
 
 def _next_pending(
