@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from airtune.aggregation.one_factor import SharedCore
 from airtune.devices.latency import TransformerShape, backward_flops, forward_flops, rank_table
-from airtune.lora import AdapterSlice
+from airtune.lora import NEITHER, ONLY_A, ONLY_B, AdapterSlice
 from airtune.training.model import FederatedModel
 from airtune.training.shapes import ModelConfig
 from airtune.types import ServerModel
@@ -33,7 +34,9 @@ def batch(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.ones_like(ids)
 
 
-def step(model: Any, train: AdapterSlice, receive: AdapterSlice | None = None) -> dict[str, float]:
+def step(
+    model: Any, train: AdapterSlice, receive: AdapterSlice | None = None, server: ServerModel | None = None
+) -> dict[str, float]:
     """Run one forward and one backward pass and return FLOPs and the bytes kept in between."""
     kept: dict[int, int] = {}
 
@@ -42,7 +45,7 @@ def step(model: Any, train: AdapterSlice, receive: AdapterSlice | None = None) -
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    model.activate(ServerModel(random_adapter(model)), train, receive)
+    model.activate(server or ServerModel(random_adapter(model)), train, receive)
     parameters = {p.untyped_storage().data_ptr() for p in model.network.parameters()}
     with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         loss = model.logits(*batch(model)).square().mean()
@@ -102,3 +105,21 @@ def test_the_cost_model_counts_what_torch_executes(model: Any) -> None:
         backward = backward_flops(shape, trained, 24, 8, "classification", CLASSES, frozen_ranks=frozen)
         assert float(forward) == pytest.approx(found["forward"][depth - 1], rel=0.05)
         assert float(backward) == pytest.approx(found["backward"][depth - 1], rel=0.05)
+
+
+@pytest.mark.parametrize("factors", [ONLY_A, ONLY_B, NEITHER])
+def test_a_frozen_factor_costs_no_gradient_of_its_own(model: Any, factors: frozenset[Any]) -> None:
+    """FFA-LoRA, RoLoRA and Fed-SB: the counted FLOPs against the executed ones, and below those of plain LoRA."""
+    server = ServerModel(random_adapter(model))
+    trained = set(factors)
+    if not factors:
+        server, trained = SharedCore().prepare(server), {"core"}
+    found = step(model, AdapterSlice.everything(model.shape, factors), server=server)
+    shape = TransformerShape.from_config(model.config_json)
+    ranks = rank_table(shape, dict.fromkeys(model.shape.slots, 4))
+    forward = forward_flops(shape, ranks, 24, 8, "classification", CLASSES, core="core" in trained)
+    backward = backward_flops(shape, ranks, 24, 8, "classification", CLASSES, factors=trained)
+    plain = step(model, AdapterSlice.everything(model.shape))
+    assert float(forward) == pytest.approx(found["forward"], rel=0.005)
+    assert float(backward) == pytest.approx(found["backward"], rel=0.005)
+    assert found["backward"] < plain["backward"]

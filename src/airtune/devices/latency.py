@@ -9,7 +9,7 @@ normalisations, activations and softmax are not.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -23,6 +23,9 @@ Array = NDArray[np.float64]
 
 KINDS = ("query", "key", "value", "query_key_value", "output", "gate", "up", "down")
 """The linear layers of a transformer layer, the last axis of `ranks`; query_key_value is their fusion (GPT-2)."""
+
+FACTORS = ("A", "B")
+"""What is trained of a component, unless a method freezes one of them."""
 
 Head = Literal["classification", "causal", "none"]
 
@@ -160,6 +163,8 @@ def forward_flops(
     sequences: ArrayLike = 1,
     head: Head = "classification",
     classes: int = 2,
+    *,
+    core: bool = False,
 ) -> Array:
     """Return the FLOPs of one forward pass.
 
@@ -171,6 +176,7 @@ def forward_flops(
     sequences : [...], in the batch.
     head : "classification", "causal" (logits over the vocabulary for every token) or "none".
     classes : of the classifier.
+    core : every module has a square core between A and B (Fed-SB).
 
     Returns
     -------
@@ -178,7 +184,7 @@ def forward_flops(
     """
     rank, length, batch = _arguments(shape, ranks, sequence_length, sequences)
     layer = 2.0 * (shape.inputs * shape.outputs).sum() + 4.0 * length * shape.heads * shape.head_size
-    lora = 2.0 * (rank * (shape.inputs + shape.outputs)).sum(axis=(-2, -1))
+    lora = 2.0 * (rank * (shape.inputs + shape.outputs + rank * core)).sum(axis=(-2, -1))
     patches = 2.0 * shape.input_features * shape.hidden * (length - 1.0)  # all tokens but the class token
     return batch * (length * (shape.layers * layer + lora) + patches + _head_forward(shape, length, head, classes))
 
@@ -192,6 +198,7 @@ def backward_flops(
     classes: int = 2,
     *,
     frozen_ranks: ArrayLike = 0,
+    factors: Collection[str] = FACTORS,
     train_head: bool = True,
     train_pooler: bool = False,
 ) -> Array:
@@ -201,6 +208,7 @@ def backward_flops(
     ----------
     ranks : [..., layers, kinds], LoRA components that are trained.
     frozen_ranks : [..., layers, kinds], components that are present but frozen.
+    factors : which parts of the trained components have a gradient: "A", "B", "core". FFA-LoRA's A has none.
     train_head : the classifier is trained.
     train_pooler : BERT's pooler is trained too.
     """
@@ -209,8 +217,8 @@ def backward_flops(
     trained = rank > 0.0
     above = np.cumsum(trained.any(axis=-1), axis=-1) - trained.any(axis=-1) > 0  # some lower layer is trained
     lowest = trained.any(axis=-1) & ~above
-    full = _layer_backward(shape, rank, frozen, length[..., None], np.ones_like(trained[..., :4]), True)
-    entry = _layer_backward(shape, rank, frozen, length[..., None], _reached(trained), False)
+    full = _layer_backward(shape, rank, frozen, factors, length[..., None], np.ones_like(trained[..., :4]), True)
+    entry = _layer_backward(shape, rank, frozen, factors, length[..., None], _reached(trained), False)
     layers = np.where(above, full, np.where(lowest, entry, 0.0)).sum(axis=-1)
     any_layer = np.asarray(trained.any(axis=(-2, -1)))
     return batch * (length * layers + _head_backward(shape, length, head, classes, any_layer, train_head, train_pooler))
@@ -225,12 +233,14 @@ def training_flops(
     classes: int = 2,
     *,
     frozen_ranks: ArrayLike = 0,
+    factors: Collection[str] = FACTORS,
     train_head: bool = True,
     train_pooler: bool = False,
 ) -> Array:
     """Return the FLOPs of one training step: forward and backward; arguments as in `backward_flops`."""
     present = np.asarray(ranks, dtype=np.float64) + np.asarray(frozen_ranks, dtype=np.float64)
-    return forward_flops(shape, present, sequence_length, sequences, head, classes) + backward_flops(
+    forward = forward_flops(shape, present, sequence_length, sequences, head, classes, core="core" in factors)
+    return forward + backward_flops(
         shape,
         ranks,
         sequence_length,
@@ -238,6 +248,7 @@ def training_flops(
         head,
         classes,
         frozen_ranks=frozen_ranks,
+        factors=factors,
         train_head=train_head,
         train_pooler=train_pooler,
     )
@@ -254,7 +265,13 @@ def _reached(trained: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _layer_backward(
-    shape: TransformerShape, rank: Array, frozen: Array, length: Array, reached: NDArray[np.bool_], below: bool
+    shape: TransformerShape,
+    rank: Array,
+    frozen: Array,
+    factors: Collection[str],
+    length: Array,
+    reached: NDArray[np.bool_],
+    below: bool,
 ) -> Array:
     """Return backward FLOPs per token [..., layers].
 
@@ -265,7 +282,7 @@ def _layer_backward(
     needs = np.broadcast_to(np.asarray(below), rank.shape) if below else reached[..., stages]
     passed = (2.0 * shape.inputs * shape.outputs) * needs
     inputs, outputs = shape.inputs, shape.outputs
-    lora = rank * (2.0 * inputs + 4.0 * outputs + 2.0 * inputs * needs)  # A, B, hidden, input
+    lora = rank * _component_backward(rank, inputs, outputs, factors, needs)
     still = frozen * (2.0 * outputs + 2.0 * inputs) * needs
     product = 2.0 * length * shape.heads * shape.head_size
     if below:
@@ -275,6 +292,17 @@ def _layer_backward(
         query, key, value = (((rank[..., i] > 0.0) | fused).astype(np.float64) for i in range(3))
         attention = product * (np.maximum(query, key) + query + key + value)
     return (passed + lora + still).sum(axis=-1) + attention
+
+
+def _component_backward(
+    rank: Array, inputs: Array, outputs: Array, factors: Collection[str], needs: Array | NDArray[np.bool_]
+) -> Array:
+    """Return backward FLOPs per token of one trained component: gradients of A, B and core, and what leads to them."""
+    a, b, core = (part in factors for part in ("A", "B", "core"))
+    behind_core = np.maximum(needs, float(a))  # A, or something before it, needs one
+    before_b = np.maximum(behind_core, float(core))
+    own = 2.0 * inputs * a + 2.0 * outputs * b + 2.0 * rank * core
+    return own + 2.0 * outputs * before_b + 2.0 * rank * core * behind_core + 2.0 * inputs * needs
 
 
 def _head_forward(shape: TransformerShape, length: Array, head: Head, classes: int) -> Array:

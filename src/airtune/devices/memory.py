@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from airtune.devices.latency import KINDS, Head, TransformerShape
+from airtune.devices.latency import FACTORS, KINDS, Head, TransformerShape
 from airtune.errors import InputError
 
 Array = NDArray[np.float64]
 
 
-def lora_parameters(shape: TransformerShape, ranks: ArrayLike) -> Array:
-    """Return the number of LoRA parameters [...] for ranks [..., layers, kinds]: rank (in + out) per module."""
+def lora_parameters(shape: TransformerShape, ranks: ArrayLike, factors: Collection[str] = FACTORS) -> Array:
+    """Return the number of LoRA parameters [...] for ranks [..., layers, kinds], of the named factors.
+
+    rank * in for "A", rank * out for "B" and rank^2 for "core" per module.
+    """
     rank = np.asarray(ranks, dtype=np.float64)
-    return (rank * (shape.inputs + shape.outputs)).sum(axis=(-2, -1))
+    a, b, core = (float(part in factors) for part in ("A", "B", "core"))
+    return (rank * (a * shape.inputs + b * shape.outputs + core * rank)).sum(axis=(-2, -1))
 
 
 def activation_bytes(
@@ -41,6 +47,7 @@ def training_bytes(
     classes: int = 2,
     *,
     frozen_ranks: ArrayLike = 0,
+    factors: Collection[str] = FACTORS,
     value_bytes: int = 4,
     trained_other: ArrayLike = 0,
     constant: float = 0.0,
@@ -54,6 +61,7 @@ def training_bytes(
     ----------
     shape, ranks, sequence_length, sequences, head, classes : as in `airtune.devices.latency.training_flops`.
     frozen_ranks : [..., layers, kinds], components present but not trained.
+    factors : what has a gradient in the trained components: "A", "B", "core".
     value_bytes : of weights and activations: 4 (fp32) or 2 (bf16).
     trained_other : [...], other trained parameters (classifier).
     constant : bytes of everything else (framework, operating system).
@@ -63,8 +71,10 @@ def training_bytes(
     rank = np.asarray(ranks, dtype=np.float64)
     if rank.shape[-2:] != (shape.layers, len(KINDS)):
         raise InputError(f"ranks: must be [..., {shape.layers}, {len(KINDS)}]; got {rank.shape}")
-    trained = lora_parameters(shape, rank) + np.asarray(trained_other, dtype=np.float64)
-    frozen = lora_parameters(shape, np.broadcast_to(np.asarray(frozen_ranks, dtype=np.float64), rank.shape))
+    trained = lora_parameters(shape, rank, factors) + np.asarray(trained_other, dtype=np.float64)
+    fixed = [part for part in FACTORS if part not in factors]
+    held = np.broadcast_to(np.asarray(frozen_ranks, dtype=np.float64), rank.shape)
+    frozen = lora_parameters(shape, held) + lora_parameters(shape, rank, fixed)
     depth = (np.cumsum((rank > 0.0).any(axis=-1), axis=-1) > 0).sum(axis=-1)
     kept = (depth + 1.0) * activation_bytes(shape, sequence_length, sequences, value_bytes)
     tokens = np.asarray(sequences, dtype=np.float64) * np.asarray(sequence_length, dtype=np.float64)

@@ -110,7 +110,10 @@ class CostModel:
 
     def _step_costs(self, task: ClientTask, length: float, batch: int) -> _Known:
         trained, frozen = self._ranks(task)
-        forward = forward_flops(self.network, trained + frozen, length, 1, self.head, self.classes)
+        factors = self._factors(task.train)
+        forward = forward_flops(
+            self.network, trained + frozen, length, 1, self.head, self.classes, core="core" in factors
+        )
         backward = backward_flops(
             self.network,
             trained,
@@ -119,6 +122,7 @@ class CostModel:
             self.head,
             self.classes,
             frozen_ranks=frozen,
+            factors=factors,
             train_head=task.train.extras,
         )
         needed = training_bytes(
@@ -129,6 +133,7 @@ class CostModel:
             self.head,
             self.classes,
             frozen_ranks=frozen,
+            factors=factors,
             value_bytes=self.value_bytes,
             trained_other=self.shape.extra_values if task.train.extras else 0,
             constant=self.constant_bytes,
@@ -141,6 +146,11 @@ class CostModel:
         if task.train.outside == "absent":
             return trained, np.zeros_like(trained)
         return trained, np.maximum(self._table(task.receive) - trained, 0.0)
+
+    def _factors(self, train: AdapterSlice) -> frozenset[str]:
+        """Return what has a gradient: the factors of the slice, and the cores where there are any."""
+        core = any(slot.core for slot in self.shape.slots.values())
+        return frozenset(train.tensors) | ({"core"} if core else frozenset())
 
     def _table(self, part: AdapterSlice) -> Floats:
         ranks: dict[str, int] = {}
