@@ -66,12 +66,13 @@ class Workshop:
 
     def model(self, config: ModelConfig, engine: Engine, num_labels: int | None) -> FederatedModel:
         """Return the base model; only one is kept in memory."""
-        key = (config, num_labels, engine.precision, engine.device)
+        key = (config, num_labels, engine.precision, engine.device, engine.prefix_cache)
         if key not in self.models:
             self.models.clear()
             self.models[key] = load_model(
                 config, num_labels=num_labels, precision=engine.precision, device=engine.device
             )
+            self.models[key].cache_prefix(engine.prefix_cache)
         return self.models[key]
 
 

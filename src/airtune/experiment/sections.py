@@ -104,17 +104,22 @@ class Engine:
     device : "cpu", "cuda" or "cuda:N".
     engine : "twin": one client after the other, the readable way.
     threads : of torch; None: as many as this process may use.
+    prefix_cache : bytes for activations of the lowest layers, kept from round to round where only the frozen base acts
+        in them; None: none are kept. See `airtune.training.prefix`.
     """
 
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     device: str = "cpu"
     engine: Literal["twin"] = "twin"
     threads: int | None = None
+    prefix_cache: float | None = field(default=None, metadata={"unit": "B"})
 
     def __post_init__(self) -> None:
-        """Check the number of threads."""
+        """Check the numbers."""
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads: {self.threads} is below 1")
+        if self.prefix_cache is not None and not 0.0 < self.prefix_cache < math.inf:
+            raise InputError(f"prefix_cache: {self.prefix_cache:g} B is not possible; valid: a positive size, or none")
 
 
 @dataclass(frozen=True)

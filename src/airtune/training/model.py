@@ -25,6 +25,7 @@ from airtune.training.beam import Gate
 from airtune.training.dora import RowGain, decomposed
 from airtune.training.hardware import BASE_TYPE, Precision, checked_device, checked_precision
 from airtune.training.layers import head_parameters, hook_gain, inject_layers, install_parts, set_parameter
+from airtune.training.prefix import FrozenPrefix
 from airtune.training.shapes import ModelConfig, adapter_shape, gain_name, is_gain, placement_of
 from airtune.types import Beam, ServerModel
 
@@ -85,6 +86,7 @@ class FederatedModel:
     device : where the network is. Adapters of the server stay on the CPU.
     shape : sizes of the adapter at the configured rank.
     transposed : whether the adapted weights are stored as [in, out] (GPT-2).
+    prefix : stored activations of the layers in which only the frozen base acts; None: all layers are always run.
     """
 
     def __init__(
@@ -131,7 +133,17 @@ class FederatedModel:
         self._layers = inject_layers(self.network, tuple(placement_of(self.shape)))
         self.transposed = next(iter(self._layers.values())).fan_in_fan_out
         self._check_sizes()
+        self.prefix: FrozenPrefix | None = None
         self.show(ServerModel(self.initial_adapter(0)))
+
+    def cache_prefix(self, limit: float | None) -> None:
+        """Keep activations of untouched lowest layers in at most `limit` bytes, or none at all; what was kept is lost.
+
+        Raises
+        ------
+        InputError : the network has no plain list of layers.
+        """
+        self.prefix = None if limit is None else FrozenPrefix(self.network, self.config_json, limit)
 
     def shape_with(self, ranks: Mapping[str, int] | None) -> AdapterShape:
         """Return the sizes of the adapter if some slots have another rank."""
@@ -206,6 +218,8 @@ class FederatedModel:
         gates = self._gates(trained, beam)
         frozen = _map_tensors(_held_only(model.adapter, train, receive), self._leaf)
         merged = {module: _map_factors(as_factors(update), self._leaf) for module, update in model.base_update.items()}
+        if self.prefix is not None:
+            self.prefix.look(set(trained.placement) | {gain.slot for gain in gains.values()}, frozen, merged)
         for module, layer in self._layers.items():
             parts = [(trained.factors[slot], dropout) for slot in trained.placement.get(module, ())]
             parts += [(frozen.factors[slot], None) for slot in frozen.placement.get(module, ())]
@@ -265,9 +279,16 @@ class FederatedModel:
         """
         input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
         input_ids = input_ids.masked_fill(attention_mask == 0, self.pad_token_id)
-        with self._autocast():
-            output = self.network(input_ids=input_ids, attention_mask=attention_mask)
+        skipping: AbstractContextManager[Any] = nullcontext()
+        if self.prefix is not None:
+            skipping = self.prefix.skipping(self._forward, input_ids, attention_mask)
+        with skipping:
+            output = self._forward(input_ids, attention_mask)
         return cast(Tensor, output.logits).to(self.dtype)
+
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        with self._autocast():
+            return self.network(input_ids=input_ids, attention_mask=attention_mask)
 
     def base_weight(self, module: str) -> Tensor:
         """Return the frozen weight of an adapted module as [out, in], on the CPU, in the adapter's precision."""

@@ -32,6 +32,7 @@ class ModelConfig:
     task : "sequence-classification" or "causal-lm".
     target_modules : ends of the names of the linear layers that are adapted (``("query", "value")``), or
         ``("all-linear",)``. Empty: the usual choice for the family, its query and value projections.
+    top_layers : only the last so many layers, next to the output, are adapted; None: all.
     adapter : "lora"; "rslora": the scaling is alpha / sqrt(rank) (arXiv 2312.03732); "dora": the norms of the weights'
         rows are trained, too (arXiv 2402.09353, `airtune.training.dora`); "msp-lora": a LoRA that all layers share, one
         for each third of the layers, and one of each layer's own (arXiv 2503.21838); "beam-lora": components compete
@@ -51,6 +52,7 @@ class ModelConfig:
     alpha: float = 16.0
     rank_stabilized: bool = False
     train_pooler: bool = False
+    top_layers: int | None = None
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -63,6 +65,8 @@ class ModelConfig:
             raise unknown_name("model.task", self.task, TASKS)
         if self.adapter not in ADAPTER_KINDS:
             raise unknown_name("model.adapter", self.adapter, ADAPTER_KINDS)
+        if self.top_layers is not None and self.top_layers < 1:
+            raise InputError(f"model.top_layers: {self.top_layers} adapts nothing; valid: 1 or more, or none")
         if self.rank < 1:
             raise InputError(f"model.rank: {self.rank} is no rank; valid: 1 or more")
         if not self.alpha > 0:
@@ -257,17 +261,27 @@ def adapter_shape(
             f"model.task: {config_json.get('model_type')!r} is an encoder and has no causal language modelling head; "
             "valid: sequence-classification"
         )
-    targets = _targets(linear_layers(config_json), model.target_modules or family.targets)
+    depth = _number(config_json, family.depth)
+    if model.top_layers is not None and model.top_layers > depth:
+        raise InputError(f"model.top_layers: {model.top_layers} is more than the model has; valid: 1 to {depth}")
+    lowest = 0 if model.top_layers is None else depth - model.top_layers
+    layers = tuple(layer for layer in linear_layers(config_json) if layer.layer >= lowest)
+    targets = _targets(layers, model.target_modules or family.targets)
     slots = {layer.name: _slot((layer,), model.rank, model) for layer in targets}
     if model.adapter == "msp-lora":
-        slots = _shared_slots(targets, family.layers, _number(config_json, family.depth), model)
+        slots = _shared_slots(targets, family.layers, depth, model)
     if unknown := set(ranks or {}) - set(slots):
         raise unknown_name("ranks", min(unknown), slots)
     slots = {name: _with_rank(name, slot, (ranks or {}).get(name, slot.rank), model) for name, slot in slots.items()}
     extras = _head(config_json, model, num_labels)
     if model.adapter == "dora":
         extras |= {gain_name(name): (slot.out_features,) for name, slot in slots.items()}
-    return AdapterShape(slots, extras, _number(config_json, family.depth))
+    return AdapterShape(slots, extras, depth)
+
+
+def stack_name(config_json: ConfigJson) -> str:
+    """Return the name of the list that holds the transformer's layers, in the model with its head."""
+    return _family(config_json).layers.removesuffix(".{}")
 
 
 _GAIN = ".gain"
@@ -302,9 +316,10 @@ def _targets(layers: tuple[LinearLayer, ...], targets: tuple[str, ...]) -> tuple
         return layers
     for target in targets:
         if not any(_matches(layer.name, target) for layer in layers):
-            first = [layer.name for layer in layers if layer.layer == 0]
+            lowest = layers[0].layer
+            first = [layer.name for layer in layers if layer.layer == lowest]
             raise InputError(
-                f"model.target_modules: no matching target module for {target!r}; linear layers of layer 0: "
+                f"model.target_modules: no matching target module for {target!r}; linear layers of layer {lowest}: "
                 f"{', '.join(first)}; valid: ends of such names, or all-linear"
             )
     return tuple(layer for layer in layers if any(_matches(layer.name, target) for target in targets))
