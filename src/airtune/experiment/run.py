@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -18,11 +18,11 @@ from airtune.experiment.build import Bench, Workshop, build
 from airtune.experiment.config import Experiment, read_experiment
 from airtune.experiment.provenance import git_revision, versions
 from airtune.experiment.store import ADAPTER_FOLDER, SCHEMA, Plain, RunStore, new_store
-from airtune.federation import Progress, begin, run
+from airtune.federation import Evaluate, Progress, begin, run
 from airtune.files import disk_errors
 from airtune.lora import AdapterSlice, has_own, with_own
 from airtune.streams import stream
-from airtune.types import RoundRecord
+from airtune.types import Environment, RoundRecord, Runner
 
 PERSONAL_FOLDER = "adapters"  # one adapter per client, where models are personal
 LARGEST_FLEET_TABLE = 20_000  # clients; run.json names each client of a smaller fleet [our choice]
@@ -59,6 +59,20 @@ class Silent:
 
 
 @dataclass(frozen=True)
+class Actors:
+    """Who acts in a run: the world that planners see, what carries out plans, and what measures the model."""
+
+    environment: Environment
+    runner: Runner
+    evaluate: Evaluate
+
+
+def simulated(bench: Bench) -> Actors:
+    """Return the simulated cell and its runner."""
+    return Actors(bench.cell, bench.runner, bench.evaluate)
+
+
+@dataclass(frozen=True)
 class Session:
     """What `start` and `resume` need besides the experiment.
 
@@ -66,12 +80,14 @@ class Session:
     reporter : hears of the progress.
     command : the command line that repeats the run, for run.json; empty if unknown.
     file : the experiment file, whose revision run.json names.
+    actors : gives the environment and the runner, those of real devices for example.
     """
 
     workshop: Workshop
     reporter: Reporter = field(default_factory=Silent)
     command: str = ""
     file: Path | None = None
+    actors: Callable[[Bench], Actors] = simulated
 
 
 def start(experiment: Experiment, folder: Path, session: Session) -> Plain:
@@ -87,20 +103,21 @@ def start(experiment: Experiment, folder: Path, session: Session) -> Plain:
     store = new_store(folder)
     try:
         bench = build(experiment, session.workshop)
-        progress = begin(bench.experiment.method, bench.start, bench.cell)
-        _check_first_plan(bench, progress)
+        actors = session.actors(bench)
+        progress = begin(bench.experiment.method, bench.start, actors.environment)
+        _check_first_plan(bench, actors.environment, progress)
     except BaseException:
         folder.rmdir()
         raise
     store.write_head(_first_head(bench, session))
     fingerprint = digest(bench.experiment.plain())
     checkpoint.save(store.checkpoint, progress, fingerprint)
-    return _run(bench, store, progress, session, fingerprint)
+    return _run(bench, actors, store, progress, session, fingerprint)
 
 
-def _check_first_plan(bench: Bench, progress: Progress) -> None:
+def _check_first_plan(bench: Bench, environment: Environment, progress: Progress) -> None:
     """Plan round 1 as the loop will (same world, same draws), so that what cannot be planned is found at once."""
-    seen = bench.cell.observe(1, 0.0, progress.pending, progress.model)
+    seen = environment.observe(1, 0.0, progress.pending, progress.model)
     rng = stream(bench.experiment.seed, "plan", 1)
     bench.experiment.method.plan(progress.state, seen, rng).check(seen)
 
@@ -130,16 +147,18 @@ def resume(folder: Path, limits: Mapping[str, Any], session: Session) -> Plain:
         _forget_last_evaluation(store, lines, bench)
     config = {**head["config"], "stop": bench.experiment.plain()["stop"]}
     store.update_head(status="running", config=config, error=None)
-    return _run(bench, store, progress, session, fingerprint)
+    return _run(bench, session.actors(bench), store, progress, session, fingerprint)
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
-def _run(bench: Bench, store: RunStore, progress: Progress, session: Session, fingerprint: str) -> Plain:
+def _run(
+    bench: Bench, actors: Actors, store: RunStore, progress: Progress, session: Session, fingerprint: str
+) -> Plain:
     try:
         session.reporter.started(bench, store, progress.round)
-        progress = _rounds(bench, store, progress, session.reporter, fingerprint)
+        progress = _rounds(bench, actors, store, progress, session.reporter, fingerprint)
         _check_any_update(store)
         export = _export(bench, progress, store)
     except KeyboardInterrupt:
@@ -153,18 +172,20 @@ def _run(bench: Bench, store: RunStore, progress: Progress, session: Session, fi
     return head
 
 
-def _rounds(bench: Bench, store: RunStore, progress: Progress, reporter: Reporter, fingerprint: str) -> Progress:
+def _rounds(
+    bench: Bench, actors: Actors, store: RunStore, progress: Progress, reporter: Reporter, fingerprint: str
+) -> Progress:
     experiment = bench.experiment
     began = host_seconds()
     done = progress.round
     rounds = run(
         experiment.method,
         progress,
-        bench.cell,
-        bench.runner,
+        actors.environment,
+        actors.runner,
         stop=bench.stop,
         seed=experiment.seed,
-        evaluate=bench.evaluate,
+        evaluate=actors.evaluate,
         evaluate_every=experiment.evaluation.every,
     )
     for progress, record in _planned(rounds, done):
