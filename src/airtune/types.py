@@ -167,6 +167,27 @@ class Beam:
 
 
 @dataclass(frozen=True)
+class SamplePrivacy:
+    """DP-SGD within a client (Abadi et al., arXiv 1607.00133), by opacus: `airtune.training.private_steps`.
+
+    Each step draws its batch by independent coins, every example with probability batch_size / examples, clips each
+    example's gradient to `largest_norm` and adds Gaussian noise of standard deviation noise_multiplier * largest_norm
+    to their sum, which is divided by the expected batch size.
+
+    largest_norm : C, of one example's gradient over all that is trained. noise_multiplier : z.
+    """
+
+    largest_norm: float = 1.0
+    noise_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers with which nothing is hidden or nothing is learnt."""
+        for name in ("largest_norm", "noise_multiplier"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name}: {getattr(self, name)} is not possible; valid: a positive number")
+
+
+@dataclass(frozen=True)
 class LocalTraining:
     """How a client trains between two exchanges.
 
@@ -183,6 +204,7 @@ class LocalTraining:
     lora_dropout : dropout in front of A.
     penalties : terms added to the loss.
     beam : of ``model.adapter = "beam-lora"``; other adapters do not look at it.
+    privacy : of the client's examples: clipped and noisy gradients; None: plain ones.
     """
 
     local_steps: int | None = 10
@@ -198,6 +220,7 @@ class LocalTraining:
     lora_dropout: float = 0.0
     penalties: tuple[Penalty, ...] = ()
     beam: Beam = Beam()
+    privacy: SamplePrivacy | None = None
 
     def __post_init__(self) -> None:
         """Turn a name into its optimizer, and refuse what it cannot do.
@@ -208,6 +231,7 @@ class LocalTraining:
         """
         optimizer = as_optimizer(self.optimizer)
         object.__setattr__(self, "optimizer", optimizer)
+        self._check_privacy()
         if isinstance(optimizer, LoraRite) and self.max_grad_norm is not None:
             raise InputError(
                 "max_grad_norm: the norm of the factors' gradients depends on how the product is factored, and "
@@ -215,6 +239,15 @@ class LocalTraining:
             )
         if isinstance(optimizer, GaLore) and self.weight_decay:
             raise InputError("weight_decay: galore would decay the full weight, beyond the adapter's rank; valid: 0")
+
+    def _check_privacy(self) -> None:
+        """Refuse what would look at the examples beside the noisy gradients."""
+        if self.privacy is None:
+            return
+        if self.penalties:
+            raise InputError("privacy: penalties have no gradient of one example; valid: privacy = none, or no penalty")
+        if self.max_grad_norm is not None:
+            raise InputError("privacy: the norm of every example is clipped already; valid: max_grad_norm = none")
 
     def steps(self, num_examples: int) -> int:
         """Return the optimizer steps of a client with that many examples (at least one)."""

@@ -25,6 +25,7 @@ from airtune.training.losses import mean_loss
 from airtune.training.model import ActiveAdapter, FederatedModel
 from airtune.training.optimizers import LocalOptimizer, make_optimizer
 from airtune.training.penalties import penalty_value, tail_norm
+from airtune.training.private_steps import PrivateGradients, poisson_batches, private_gradients
 from airtune.types import LocalTraining, TailPenalty, Trained, TrainingJob
 
 Indices = NDArray[np.int64]
@@ -91,7 +92,10 @@ class LocalTrainer:
         if len(indices) == 0:
             raise ValueError(f"client {job.task.client} has no examples to train on")
         rng = stream(self.seed, "batches", job.round, job.task.client, job.cycle)
-        return client_batches(self.tokens, indices, training.batch_size, rng=rng, steps=training.steps(len(indices)))
+        steps = training.steps(len(indices))
+        if training.privacy is not None:
+            return poisson_batches(indices, training.batch_size, steps, rng)
+        return client_batches(self.tokens, indices, training.batch_size, rng=rng, steps=steps)
 
     def _train_client(self, job: TrainingJob) -> Trained:
         task, training = job.task, job.task.training
@@ -102,29 +106,35 @@ class LocalTrainer:
             raise ValueError(f"client {task.client}: its slice trains nothing")
         tails = [penalty for penalty in training.penalties if isinstance(penalty, TailPenalty)]
         before = _tail_norms(tails, active, "before")
-        with _base_dropout(self.model, training.base_dropout, torch_seed(self.seed, "base-dropout", *where)):
-            progress = self._steps(active, training, self.batches(job), stream(self.seed, "beam", *where))
+        dropout_seed, noise_seed = (torch_seed(self.seed, name, *where) for name in ("base-dropout", "sample-privacy"))
+        with (
+            _base_dropout(self.model, training.base_dropout, dropout_seed),
+            private_gradients(self.model, active, training, len(self.clients[task.client]), noise_seed) as private,
+        ):
+            progress = self._steps(active, training, self.batches(job), stream(self.seed, "beam", *where), private)
         reports = {**progress.reports(), **before, **_tail_norms(tails, active, "after")}
         return Trained(task.train.take(job.model.adapter) if progress.diverged else active.values(), reports)
 
     def _steps(
-        self, active: ActiveAdapter, training: LocalTraining, batches: Sequence[Indices], rng: np.random.Generator
+        self,
+        active: ActiveAdapter,
+        training: LocalTraining,
+        batches: Sequence[Indices],
+        rng: np.random.Generator,
+        private: PrivateGradients | None,
     ) -> _Progress:
         optimizer = make_optimizer(active, training)
         search = _search(active, training, optimizer, len(batches), rng)
         parameters = [tensor for _, _, tensor in active.trained()]
         progress = _Progress()
         for indices in batches:
-            batch = self.tokens.batch(indices)
-            loss = self._loss(batch)
-            penalty = penalty_value(training.penalties, active)
-            total = loss if penalty is None else loss + penalty
-            progress.diverged = not math.isfinite(total.item())
+            optimizer.zero_grad(set_to_none=True)
+            if len(indices):
+                self._backward(indices, active, training, progress)
             if progress.diverged:
                 return progress
-            progress.add(loss.item(), batch["attention_mask"])
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
+            if private is not None:
+                private.apply(len(indices))
             if training.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, training.max_grad_norm, foreach=False)
             optimizer.step()
@@ -133,6 +143,17 @@ class LocalTrainer:
                 progress.replaced = search.replaced
         progress.diverged = not all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
         return progress
+
+    def _backward(self, indices: Indices, active: ActiveAdapter, training: LocalTraining, progress: _Progress) -> None:
+        """Compute the gradients of one batch, and note its loss."""
+        batch = self.tokens.batch(indices)
+        loss = self._loss(batch)
+        penalty = penalty_value(training.penalties, active)
+        total = loss if penalty is None else loss + penalty
+        progress.diverged = not math.isfinite(total.item())
+        if not progress.diverged:
+            progress.add(loss.item(), batch["attention_mask"])
+            total.backward()
 
     def _loss(self, batch: dict[str, NDArray[np.int64]]) -> Tensor:
         arrays = {name: torch.from_numpy(values) for name, values in batch.items()}
