@@ -9,12 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airtune.errors import InputError
-from airtune.solvers.drift_plus_penalty import (
-    PricedRound,
-    client_queues,
-    drift_plus_penalty,
-    fixed_rate_choice,
-)
+from airtune.solvers.drift_plus_penalty import PricedRound, drift_plus_penalty
+from airtune.solvers.latency_variants import client_queues, fixed_rate_choice
 from airtune.wireless.rate import achievable_rate
 
 NOISE, GAP, TOTAL = 4e-21, 1.3, 5e6
@@ -95,6 +91,33 @@ def test_many_clients_come_close_to_the_bound(seed, size):
     found = drift_plus_penalty(p)
     one = float(-np.diff(p.errors, axis=1).max())  # the rounding costs at most one component
     assert found.objective - found.value["bound"] <= one + 2e-3 * found.objective
+
+
+@pytest.mark.parametrize(("size", "rank", "seed"), [(400, 32, 0), (1000, 16, 1), (1000, 8, 2)])
+def test_large_rounds_sort_only_near_the_cut_and_find_the_same(size, rank, seed, monkeypatch):
+    p = random_round(size, rank, seed, queue=0.02)
+    p = replace(p, total_bandwidth=1e5 * size)
+    found = drift_plus_penalty(p)
+    monkeypatch.setattr("airtune.solvers.drift_plus_penalty._SORTED_AT_ONCE", 10**9)
+    sorted_whole = drift_plus_penalty(p)
+    np.testing.assert_array_equal(found.value["choice"], sorted_whole.value["choice"])
+    assert found.value["bound"] == pytest.approx(sorted_whole.value["bound"], rel=1e-12)
+    one = float(-np.diff(p.errors, axis=1).max())
+    assert 0.0 <= found.objective - found.value["bound"] <= one + 2e-3 * found.objective
+    assert 0 < found.value["choice"].mean() < rank - 1
+
+
+def test_fewer_choices_on_the_grid_do_not_mislead():
+    """The least bound is no worse than that of a fine grid with all choices."""
+    from airtune.solvers.drift_plus_penalty import _Search
+
+    for seed in range(15):
+        p = random_round(12, 32, seed)
+        found = drift_plus_penalty(p)
+        low, high = p.finish(0).objective, p.finish(31).objective
+        search = _Search(p, low, high)
+        fine = min(search.at(float(t))[1] for t in np.geomspace(low, high, 400))
+        assert found.value["bound"] <= fine * (1 + 2e-3)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -11,8 +11,9 @@ import numpy as np
 from airtune.compression.ratio import is_adjustable, with_keep_ratio
 from airtune.lora import AdapterSlice
 from airtune.scheduling.work import LocalWork, Slices
-from airtune.solvers.drift_plus_penalty import PricedRound, client_queues, drift_plus_penalty, fixed_rate_choice
+from airtune.solvers.drift_plus_penalty import PricedRound, drift_plus_penalty
 from airtune.solvers.equal_finish import Uploads, equal_finish
+from airtune.solvers.latency_variants import client_queues, fixed_rate_choice
 from airtune.solvers.solution import Solution, name_clients
 from airtune.solvers.structural_rank import largest_keep_ratio
 from airtune.types import ClientTask, Compressor, Floats, Ints, Observation

@@ -10,20 +10,20 @@ where j_k is the number of choice (components sent) of client k. At a fixed tau 
 w_k(j) = R_k^{-1}(bits(j) / (tau - compute_k)), which is convex in the bits, while the error is convex in j: gain per
 Hz falls from choice to choice, so taking upgrades by falling gain per Hz is the best use of any band, exact up to the
 one upgrade that no longer fits (whose fraction gives a lower bound). The best tau is looked for on a grid first, since
-the objective need not have one minimum, then by golden section.
+the objective need not have one minimum, with few of the choices; then, with all, downhill and by Brent's method.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import OptimizeResult, minimize_scalar
 
 from airtune.errors import InputError
-from airtune.solvers.airtime import min_latency_sum
-from airtune.solvers.equal_finish import Uploads, equal_finish
-from airtune.solvers.solution import Solution, finite_array, name_clients
+from airtune.solvers.equal_finish import equal_finish
+from airtune.solvers.solution import Solution, finite_array
 from airtune.wireless.rate import rate_derivative
 
 Array = NDArray[np.float64]
@@ -31,7 +31,11 @@ Ints = NDArray[np.int64]
 
 _LN2 = float(np.log(2.0))
 _GRID = 16
-_GOLDEN = 0.5 * (5.0**0.5 - 1.0)
+_COARSE = 8  # choices of which the grid is computed [choice]
+_SORTED_AT_ONCE = 4096  # upgrades; of more, a sample says which to sort [choice]
+_SAMPLE = 2048
+_GOLDEN = 0.5 * (5.0**0.5 - 1.0)  # whose multiples, modulo 1, are spread evenly
+_RESOLUTION = 1e-3  # of the latency searched for, relative [choice]
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,13 @@ class PricedRound:
         """Return the weighted error of a choice [clients]."""
         return float(self.errors[np.arange(choice.size), choice].sum())
 
+    def nothing_sent(self) -> dict[str, object]:
+        """Return the value of a solution where there is none."""
+        size = self.compute_seconds.size
+        nan = np.full(size, np.nan)
+        choice = np.zeros(size, dtype=np.int64)
+        return {"choice": choice, "bandwidth": nan, "latency": float("inf"), "bound": float("inf")}
+
     def needed(self, latency: float) -> Array:
         """Return the bandwidth [clients, choices], Hz, with which each choice just ends by `latency`."""
         left = np.maximum(latency - self.compute_seconds, 0.0)
@@ -128,7 +139,7 @@ def drift_plus_penalty(problem: PricedRound, start: float | None = None) -> Solu
     """
     floor = problem.finish(0)
     if not floor.ok:
-        return Solution(_nothing(problem), "infeasible", float("inf"), 0, floor.message)
+        return Solution(problem.nothing_sent(), "infeasible", float("inf"), 0, floor.message)
     full = problem.finish(problem.bits.size - 1)
     if problem.queue == 0.0 or problem.bits.size == 1:
         choice = np.full(problem.compute_seconds.size, problem.bits.size - 1, dtype=np.int64)
@@ -159,21 +170,17 @@ class _Search:
             cost = np.where(np.isfinite(width[:, 1:]), np.diff(width, axis=1), np.inf)
         density = np.minimum.accumulate(gain / np.maximum(cost, 1e-300), axis=1)  # falling, up to rounding
         density *= 1.0 - 1e-12 * np.arange(density.shape[1])  # of equal ones a client's first upgrade first
-        order = np.argsort(-density.ravel())
-        used = np.cumsum(cost.ravel()[order])
         band = p.total_bandwidth - float(width[:, 0].sum())
-        count = int(np.searchsorted(used, band * (1.0 + 1e-12), side="right"))
-        taken = np.zeros(density.size, dtype=np.bool_)
-        taken[order[:count]] = True
-        choice = taken.reshape(density.shape).sum(axis=1)
-        error = p.errors[:, 0].sum() - gain.ravel()[order[:count]].sum()
-        if count < order.size:
-            left = max(band - (float(used[count - 1]) if count else 0.0), 0.0)
-            error -= gain.ravel()[order[count]] * min(left / max(float(cost.ravel()[order[count]]), 1e-300), 1.0)
+        flat, left, following = _taken_first(density.ravel(), cost.ravel(), band)
+        taken = flat.reshape(density.shape)
+        choice = taken.sum(axis=1)
+        error = p.errors[:, 0].sum() - gain[taken].sum()
+        if following is not None:
+            error -= gain.ravel()[following] * min(left / max(float(cost.ravel()[following]), 1e-300), 1.0)
         return choice.astype(np.int64), float(error + p.queue * latency)
 
     def minimise(self, start: float | None) -> tuple[float, float]:
-        """Return the latency of the least bound, and that bound."""
+        """Return the latency of the least bound, and that bound: a coarse grid, then downhill with all choices."""
         low, high = self.lowest, self.highest
         points = np.geomspace(low, high, _GRID) if high > low else np.array([low])
         if start is not None and low < start < high:
@@ -181,24 +188,74 @@ class _Search:
                 np.concatenate([np.geomspace(low, high, _GRID // 2), start * np.array([0.97, 1.0, 1.03])])
             )
             points = points[(points >= low) & (points <= high)]
-        values = [self.at(float(point))[1] for point in points]
-        best = int(np.argmin(values))
+        coarse = _Search(_with_fewer_choices(self.problem), low, high)
+        best = int(np.argmin([coarse.at(float(point))[1] for point in points]))
+        self.evaluations += coarse.evaluations
+        values = {i: self.at(float(points[i]))[1] for i in (best - 1, best, best + 1) if 0 <= i < len(points)}
+        while (lowest := min(values, key=lambda i: values[i])) != best:  # the fewer choices misled by a point
+            best, following = lowest, 2 * lowest - best
+            if 0 <= following < len(points) and following not in values:
+                values[following] = self.at(float(points[following]))[1]
         left, right = float(points[max(best - 1, 0)]), float(points[min(best + 1, len(points) - 1)])
-        return self._golden(left, right, (float(points[best]), values[best]))
+        return self._refined(left, right, (float(points[best]), values[best]))
 
-    def _golden(self, left: float, right: float, best: tuple[float, float]) -> tuple[float, float]:
-        a, b = right - _GOLDEN * (right - left), left + _GOLDEN * (right - left)
-        fa, fb = self.at(a)[1], self.at(b)[1]
-        while right - left > 1e-3 * right:
-            if fa <= fb:
-                right, b, fb = b, a, fa
-                a = right - _GOLDEN * (right - left)
-                fa = self.at(a)[1]
-            else:
-                left, a, fa = a, b, fb
-                b = left + _GOLDEN * (right - left)
-                fb = self.at(b)[1]
-        return min((best, (a, fa), (b, fb)), key=lambda pair: pair[1])
+    def _refined(self, left: float, right: float, best: tuple[float, float]) -> tuple[float, float]:
+        """Return the better of `best` and what Brent's method finds between two latencies."""
+        if not left < right:
+            return best
+        found: OptimizeResult = minimize_scalar(
+            lambda latency: self.at(float(latency))[1],
+            bounds=(left, right),
+            method="bounded",
+            options={"xatol": _RESOLUTION * best[0]},
+        )
+        return min((best, (float(found.x), float(found.fun))), key=lambda pair: pair[1])
+
+
+def _taken_first(
+    density: Array, cost: Array, band: float, *, sample: bool = True
+) -> tuple[NDArray[np.bool_], float, int | None]:
+    """Return which upgrades fit the band (Hz) if those of most gain per Hz come first.
+
+    Only those near the cut are sorted: where it lies is guessed from a sample, and everything is sorted if the guess
+    was wrong.
+
+    Parameters
+    ----------
+    density, cost : [upgrades], gain per Hz, and Hz.
+
+    Returns
+    -------
+    Which are taken, the band that is left, and the index of the first that does not fit (None if all do).
+    """
+    high, low = _window(density, cost, band) if sample and density.size > _SORTED_AT_ONCE else (np.inf, -np.inf)
+    taken = density > high
+    used = float(cost[taken].sum())
+    inside = np.flatnonzero(~taken & (density >= low))
+    order = inside[np.argsort(-density[inside])]
+    summed = used + np.cumsum(cost[order])
+    count = int(np.searchsorted(summed, band * (1.0 + 1e-12), side="right"))
+    if (used > band and high < np.inf) or (count == order.size and low > -np.inf):
+        return _taken_first(density, cost, band, sample=False)
+    taken[order[:count]] = True
+    left = max(band - (float(summed[count - 1]) if count else used), 0.0)
+    return taken, left, int(order[count]) if count < order.size else None
+
+
+def _window(density: Array, cost: Array, band: float) -> tuple[float, float]:
+    """Return densities above and below the one at which the band is probably used up, from an even sample."""
+    picked = (np.arange(_SAMPLE) * _GOLDEN % 1.0 * density.size).astype(np.int64)
+    order = picked[np.argsort(-density[picked])]
+    place = int(np.searchsorted(np.cumsum(cost[order]) * (density.size / _SAMPLE), band))
+    first, last = place - _SAMPLE // 12, place + _SAMPLE // 12
+    high = float(density[order[first]]) if first >= 0 else np.inf
+    return high, float(density[order[last]]) if last < _SAMPLE else -np.inf
+
+
+def _with_fewer_choices(p: PricedRound) -> PricedRound:
+    """Return the round with at most `_COARSE` of its choices, the first and the last among them."""
+    kept = np.unique(np.linspace(0, p.bits.size - 1, _COARSE).round().astype(np.int64))
+    return replace(p, bits=p.bits[kept], errors=p.errors[:, kept])
 
 
 def _polished(p: PricedRound, choice: Ints) -> tuple[Ints, Solution]:
@@ -266,12 +323,6 @@ def _answer(p: PricedRound, choice: Ints, finish: Solution, bound: float, iterat
     )
 
 
-def _nothing(p: PricedRound) -> dict[str, object]:
-    size = p.compute_seconds.size
-    nan = np.full(size, np.nan)
-    return {"choice": np.zeros(size, dtype=np.int64), "bandwidth": nan, "latency": float("inf"), "bound": float("inf")}
-
-
 def _snr_for_efficiency(y: Array) -> Array:
     """Return x > 0 with ln(1 + x) = y x, as `airtune.wireless.rate.snr_for_efficiency` but in two passes.
 
@@ -285,77 +336,3 @@ def _snr_for_efficiency(y: Array) -> Array:
         f, slope = np.log1p(x) - y * x, inverse - y
         x = x - 2.0 * f * slope / (2.0 * slope * slope + f * inverse * inverse)
     return x
-
-
-# ---------------------------------------------------------------------------------------------------- other constraints
-
-
-def fixed_rate_choice(seconds: ArrayLike, errors: ArrayLike, queue: float) -> Solution:
-    """Solve the problem where no band is shared (measured networks): exact, by sorting the finish times.
-
-    Parameters
-    ----------
-    seconds : [clients, choices], finish time of each choice, increasing along the choices.
-    errors : [clients, choices], weighted errors, falling. queue : price of a second.
-
-    Returns
-    -------
-    Solution with value {"choice" [clients], "latency" s}.
-    """
-    times, table = np.asarray(seconds, dtype=np.float64), np.asarray(errors, dtype=np.float64)
-    endless = ~np.isfinite(times[:, 0])
-    if endless.any():
-        return Solution({}, "infeasible", float("inf"), 0, f"{name_clients(endless)}: no rate")
-    least = float(times[:, 0].max(initial=0.0))
-    order = np.argsort(times[:, 1:].ravel(), kind="stable")
-    ends = np.maximum(times[:, 1:].ravel()[order], least)
-    gains = -np.diff(table, axis=1).ravel()[order]
-    objective = table[:, 0].sum() + queue * least
-    value = np.concatenate([[objective], objective - np.cumsum(gains) + queue * (ends - least)])
-    value[~np.isfinite(value)] = np.inf
-    latency = float(np.concatenate([[least], ends])[int(np.argmin(value))])
-    choice = (times[:, 1:] <= latency).sum(axis=1).astype(np.int64)
-    return Solution({"choice": choice, "latency": latency}, "optimal", float(value.min()), 1)
-
-
-def client_queues(problem: PricedRound, queues: ArrayLike, rounds: int = 8) -> Solution:
-    """Solve the variant with one latency constraint, and one queue, per client.
-
-    ::
-
-        min over w, j of sum_k [ V p_k e_k(j_k) + Q_k (compute_k + bits(j_k) / R_k(w_k)) ]   subject to sum_k w_k <= W
-
-    by alternating two exact steps from the equal split: the choice at fixed rates (each client by itself), and the
-    convex split at fixed choices (`min_latency_sum`). Each step lowers the objective; the result is a point from which
-    neither can, not certainly the optimum. It is the sum of latencies that is weighed, not the longest one.
-
-    Parameters
-    ----------
-    problem : as for `drift_plus_penalty`; its own queue is not used.
-    queues : Q_k [clients], at least 0. A client whose queue is empty still needs band: it counts with 1e-3 of the mean
-        queue (1e-3 if all are empty) in the split [choice].
-    """
-    p = problem
-    price = finite_array("queues", queues, p.compute_seconds.size)
-    weight = np.maximum(price, 1e-3 * (float(price.mean()) or 1.0))
-    uploads = Uploads.of(p.compute_seconds, p.bits[-1], p.power, p.gain, p.noise_density, p.snr_gap)
-    width = np.full(uploads.size, p.total_bandwidth / uploads.size)
-    choice = np.full(uploads.size, -1, dtype=np.int64)
-    split, count = Solution(width, "feasible", 0.0, 0), 0
-    for _ in range(rounds):
-        count += 1
-        with np.errstate(divide="ignore"):
-            per_bit = weight / uploads.rate(width)
-        new = np.argmin(p.errors + per_bit[:, None] * p.bits[None, :], axis=1).astype(np.int64)
-        new = np.where(price > 0.0, new, p.bits.size - 1)
-        if np.array_equal(new, choice):
-            break
-        choice = new
-        link = (p.compute_seconds, p.bits[choice], p.power, p.gain, p.noise_density, p.total_bandwidth)
-        split = min_latency_sum(*link, weight, p.snr_gap)
-        if not split.ok:
-            return Solution(_nothing(p), "infeasible", float("inf"), count, split.message)
-        width = np.asarray(split.value)
-    seconds = p.compute_seconds + p.bits[choice] / uploads.rate(width)
-    value = {"choice": choice, "bandwidth": width, "latency": float(seconds.max()), "seconds": seconds}
-    return Solution(value, "feasible", p.error(choice) + float((price * seconds).sum()), count, "alternating steps")
