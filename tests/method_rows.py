@@ -13,6 +13,7 @@ from airtune.methods import built_in_names, method_class, method_names
 from airtune.methods.adaptive_sampling import AdaptiveSampling
 from airtune.methods.composed import Composed
 from airtune.methods.fed_sb import FedSB
+from airtune.methods.fedadapter import FedAdapter
 from airtune.methods.fedbuff import FedBuff
 from airtune.methods.fedex_lora import FedExLoRA
 from airtune.methods.fedit import FedIT
@@ -30,6 +31,7 @@ from airtune.methods.hetlora import HetLoRA
 from airtune.methods.hierfedlora import HierFedLoRA
 from airtune.methods.legend import Legend
 from airtune.methods.lora_fair import LoRAFair
+from airtune.methods.mole import MoLE
 from airtune.methods.rac_lora import RACLoRA
 from airtune.methods.rolora import RoLoRA
 from airtune.methods.soft import SoftLoRA
@@ -97,6 +99,8 @@ ROWS = [
     Row("deadline", Deadline(Legend(reference_rank=2, cohort_size=1), seconds=1e9)),
     Row("first-arrivals", FirstArrivals(FedIT(cohort_size=1), updates=3, late="keep")),
     Row("staleness", Staleness(HetLoRA(lowest_rank=1, cohort_size=1))),
+    Row("fedadapter", FedAdapter(first_width=1, patience=1, cohort_size=1)),
+    Row("fedadapter", FedAdapter(first_depth=2, least_gain=0.0, weights="uniform"), {"seed": FULL}),
     Row("fedbuff", FedBuff(concurrency=1, buffer_size=1)),
     Row("fed-sb", FedSB(cohort_size=1)),
     Row("fedex-lora", FedExLoRA(cohort_size=1, weights="uniform"), exact=False),
@@ -121,6 +125,8 @@ ROWS = [
     Row("galore-avg", GaLoreAverage(cohort_size=1), exact=False),
     Row("lora-fair", LoRAFair(cohort_size=1), exact=False),
     Row("lora-fair", LoRAFair(correction="published", iterations=3), {"seed": FULL}, exact=False),
+    Row("mole", MoLE(expert_rounds=2, clusters="index", cohort_size=1)),
+    Row("mole", MoLE(expert_rounds=1, clusters="index", personal=True, balance=0.0), {"seed": FULL}),
     Row("rac-lora", RACLoRA(cohort_size=1, rows="gaussian"), exact=False),
     Row("rac-lora", RACLoRA(lowest_rank=1), {"seed": FULL}, exact=False),
     Row("rolora", RoLoRA(cohort_size=1)),
