@@ -162,12 +162,12 @@ def _run(
         _check_any_update(store)
         export = _export(bench, progress, store)
     except KeyboardInterrupt:
-        store.update_head(status="interrupted", final=_final(store))
+        store.update_head(status="interrupted", **_last(store))
         raise
     except BaseException as error:
-        store.update_head(status="failed", error=f"{type(error).__name__}: {error}", final=_final(store))
+        store.update_head(status="failed", error=f"{type(error).__name__}: {error}", **_last(store))
         raise
-    head = store.update_head(status="done", final=_final(store), export=export)
+    head = store.update_head(status="done", export=export, **_last(store))
     session.reporter.finished(head)
     return head
 
@@ -287,6 +287,13 @@ def _fleet_table(bench: Bench) -> list[Plain]:
             row.update(x_m=positions[client, 0], y_m=positions[client, 1])
         rows.append(row)
     return rows
+
+
+def _last(store: RunStore) -> Plain:
+    """Return what run.json holds of the rounds: the totals, and the curves that plans were decided by."""
+    curves = [curve for line in store.rounds() for curve in line.get("notes", {}).get("curves", [])]
+    newest = {curve["title"]: curve for curve in curves}
+    return {"final": _final(store), **({"curves": list(newest.values())} if newest else {})}
 
 
 def _final(store: RunStore) -> Plain:

@@ -272,7 +272,7 @@ def _run_sections(runs: Sequence[Run], summary: CompareSummary | None = None) ->
     dropped = [table for i, run in enumerate(runs) for table in dropped_tables(run, each(i))]
     curves = sorted(key for key in have if key.startswith("curve_"))
     cell = [*slots("cell", "rates"), *(device_table(run, each(i)) for i, run in enumerate(runs) if run.fleet)]
-    planner = [*slots(*curves), *slots("notes", "diagnostics", wide=True)]
+    planner = [*slots(*curves), *slots("latency_limit", "notes", "diagnostics", wide=True)]
     repeat = [Code("Command", repeat_command(runs, summary))]
     for i, run in enumerate(runs):
         host = [host_table(run)] if run.host_seconds else []

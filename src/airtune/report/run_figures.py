@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from airtune.report.figures import Figure, Json, axis, colour, log_axis, marker, rounded
+from airtune.report.latency_figure import latency_limit_figure
 from airtune.report.quantities import decibel, digits, energy_unit, rate_unit, time_unit
 from airtune.report.records import PREDICTED, Curve, FleetClient, Round, Run
 from airtune.report.round_view import spaced
@@ -33,6 +34,7 @@ def run_figures(run: Run) -> dict[str, Figure]:
             [(line.number, line.diagnostics) for line in trained],
         ),
         "notes": notes_figure(trained),
+        "latency_limit": latency_limit_figure(trained),
     }
     found |= {f"curve_{i}": curve_figure(curve) for i, curve in enumerate(run.curves)}
     return {name: figure for name, figure in found.items() if figure is not None}
