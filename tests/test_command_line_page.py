@@ -34,7 +34,7 @@ def test_every_command_and_option_is_on_the_page() -> None:
 def test_the_page_names_no_command_or_option_that_is_not_there() -> None:
     known = options()
     assert set(re.findall(r"airtune (\w+)", PAGE)) == set(known)
-    flags = set(re.findall(r"(--[a-z]+)\b(?!\.)", PAGE))
+    flags = set(re.findall(r"(--[a-z-]+)\b(?!\.)", PAGE))
     assert flags <= {flag for each in known.values() for flag in each}
 
 

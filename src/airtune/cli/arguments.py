@@ -125,7 +125,7 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"airtune {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_run, _compare, _plan, _evaluate, _fetch, _methods, _cite, _report, _calibrate):
+    for add in (_run, _compare, _plan, _evaluate, _fetch, _methods, _cite, _report, _calibrate, _device):
         add(commands)
     return parser
 
@@ -221,6 +221,15 @@ def _calibrate(commands: Any) -> None:
     parser.add_argument("--repeats", default="5", metavar="N", help="timed repeats")
     parser.add_argument("--out", metavar="FILE.toml", help="a new profile; without it the result is only shown")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _device(commands: Any) -> None:
+    summary = "keep the base model loaded and train the jobs that local processes send"
+    parser = _add(commands, "device", "device.device", summary, overrides=True)
+    parser.add_argument("experiment", metavar="EXPERIMENT.toml", help="names model, data, seed and threads")
+    parser.add_argument("--socket", metavar="PATH", help="listen on a Unix socket of mode 0600")
+    parser.add_argument("--listen", metavar="127.0.0.1:PORT", help="listen on a loopback port; needs a token")
+    parser.add_argument("--token-file", metavar="FILE", help="the secret of both sides; written if it is not there")
 
 
 def _unknown(argument: str, parser: argparse.ArgumentParser, command: str) -> InputError:
