@@ -111,15 +111,25 @@ class GaLore(Moments):
     `galore-avg` draws them; other methods refuse it. The learning rate is that of the full weight: the adapter's
     scaling does not enter. More than one projector in a round would leave the rank of the adapter [our choice].
 
+    With a `rank` of its own it is the paper's dense form, a baseline: at the layer's full rank the method's projector
+    is a rotation of the whole space, and gradients are projected again, on their own leading singular directions.
+
     scale : alpha of the paper, in front of the lifted step; positive.
+    rank : of the projection of gradients; None: the adapter's.
+    gap : steps from one projection to the next, if `rank` is given; moments stay, as in the public code.
     """
 
     scale: float = 0.25
+    rank: int | None = None
+    gap: int = 200
 
     def __post_init__(self) -> None:
-        """Check the scale, too."""
+        """Check the numbers, too."""
         super().__post_init__()
         _positive("scale", self.scale)
+        _positive("gap", self.gap)
+        if self.rank is not None:
+            _positive("rank", self.rank)
 
 
 Optimizer = AdamW | SGD | LoraPlus | LoraRite | LoraPro | GaLore

@@ -14,7 +14,7 @@ from airtune.experiment.schema import read, write
 from airtune.lora import ONLY_A, ONLY_B, Adapter, AdapterSlice, LoraFactors
 from airtune.methods.galore_avg import GaLoreAverage
 from airtune.methods.rac_lora import RACLoRA
-from airtune.optimizers import OPTIMIZERS, SGD, AdamW, LoraPlus, LoraPro, LoraRite
+from airtune.optimizers import OPTIMIZERS, SGD, AdamW, GaLore, LoraPlus, LoraPro, LoraRite
 from airtune.training.evaluation import evaluate
 from airtune.training.local import LocalTrainer
 from airtune.training.model import ActiveAdapter
@@ -283,6 +283,37 @@ def test_galore_descends_the_full_weight_whatever_the_scaling(tensors, scaling):
         assert weight.norm() > 0.05
         assert torch.allclose(got[name], weight, atol=1e-7)
         assert torch.linalg.matrix_rank(got[name]) <= f.rank
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 8), (8, 5)])
+def test_galore_at_full_rank_is_dense_galore(rows, columns):
+    """Against the paper's algorithm on the dense weight: SVD of the gradient every `gap` steps, moments kept."""
+    gap, rank, scaling = 3, 2, 2.0
+    rotation = torch.linalg.qr(draw(rows, rows, seed=1))[0]
+    factors = {"layer": LoraFactors(A=torch.zeros(rows, columns, dtype=rotation.dtype), B=rotation, scaling=scaling)}
+    chosen = GaLore(rank=rank, gap=gap)
+    got = trained(active_of(factors, ONLY_A, extras=False), LocalTraining(learning_rate=0.1, optimizer=chosen), steps=6)
+    weight, by_rows = torch.zeros_like(got["layer"]), rows <= columns
+    moments = weight.new_zeros((rank, columns) if by_rows else (rows, rank)).requires_grad_()
+    adam = torch.optim.Adam([moments], lr=0.1)
+    for step in range(6):
+        w = weight.clone().requires_grad_()
+        shifted = w + draw(*w.shape, seed=step)
+        ((shifted.square() * draw(*w.shape, seed=0).abs()).sum() + shifted.sin().sum()).backward()
+        if step % gap == 0:
+            left, _, right = torch.linalg.svd(w.grad, full_matrices=False)
+            sign = torch.stack([row[row.abs().argmax()].sign() for row in right[:rank]])
+            left, right = left[:, :rank] * sign, right[:rank] * sign[:, None]
+        moments.grad = left.T @ w.grad if by_rows else w.grad @ right.T
+        before = moments.detach().clone()
+        adam.step()
+        change = moments.detach() - before
+        weight += 0.25 * (left @ change if by_rows else change @ right)
+    assert torch.linalg.matrix_rank(got["layer"]) > rank
+    if by_rows:  # on the other side the rotation reorders Adam's elements, and only the subspace is the same
+        assert torch.allclose(got["layer"], weight, atol=1e-7)
+    else:
+        assert float(got["layer"].norm()) == pytest.approx(float(weight.norm()), rel=0.3)
 
 
 def test_galore_needs_a_projector():
