@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from airtune.devices.latency import TransformerShape
 from airtune.errors import InputError
-from airtune.experiment.config import Experiment
+from airtune.experiment.config import Experiment, read_experiment
+from airtune.experiment.hints import Plain
 from airtune.experiment.sections import Engine
 from airtune.experiment.world import cell_of, nominal_fleet
 from airtune.federation import Stop, prepared
@@ -22,6 +24,8 @@ from airtune.lora import AdapterShape
 from airtune.scheduling.work import ChoosesRanks
 from airtune.simulation.cell import Cell
 from airtune.simulation.costs import CostModel
+from airtune.simulation.grouped import GroupedTrainer
+from airtune.simulation.ray_runner import RayTrainer
 from airtune.simulation.runner import SimulatedRunner
 from airtune.training.data import DataConfig, LabelledData, TokenizedData, load, load_tokenizer, tokenize
 from airtune.training.evaluation import evaluate
@@ -30,7 +34,9 @@ from airtune.training.local import LocalTrainer
 from airtune.training.model import FederatedModel
 from airtune.training.partition import Indices, label_counts
 from airtune.training.shapes import ModelConfig
-from airtune.types import ServerModel
+from airtune.types import ServerModel, Trainer
+
+WORKER_GROUP = 8  # clients that a Ray worker trains together, where nothing is said [our choice]
 
 
 @dataclass(frozen=True)
@@ -114,8 +120,10 @@ class Bench:
 
 def resolved(experiment: Experiment) -> Experiment:
     """Return the experiment with every automatic choice made, as run.json stores it."""
-    threads = experiment.engine.threads or len(os.sched_getaffinity(0))
-    return replace(experiment, engine=replace(experiment.engine, threads=threads))
+    engine = experiment.engine
+    threads = engine.threads or (1 if engine.workers else len(os.sched_getaffinity(0)))
+    group_size = engine.group_size or (WORKER_GROUP if engine.workers else None)
+    return replace(experiment, engine=replace(engine, threads=threads, group_size=group_size))
 
 
 def build(experiment: Experiment, workshop: Workshop) -> Bench:
@@ -136,7 +144,7 @@ def build(experiment: Experiment, workshop: Workshop) -> Bench:
     start = ServerModel(federated.initial_adapter(experiment.seed, _ranks(experiment, federated)))
     sizes = prepared(experiment.method, start).adapter.shape
     cell = cell_of(experiment, _costs(experiment, federated, sizes, tokens.train, clients))
-    trainer = LocalTrainer(federated, tokens.train, clients, experiment.seed)
+    trainer = _spread(experiment, LocalTrainer(federated, tokens.train, clients, experiment.seed))
     causal = experiment.model.task == "causal-lm"
     return Bench(
         experiment=experiment,
@@ -149,6 +157,25 @@ def build(experiment: Experiment, workshop: Workshop) -> Bench:
         metric="loss" if causal else "accuracy",
         direction="min" if causal else "max",
     )
+
+
+def worker_trainer(plain: Plain, label: str) -> Trainer:
+    """Return the trainer of one worker process, which reads model and rows for itself.
+
+    plain, label : of a resolved experiment, whatever it says of workers and groups.
+    """
+    experiment = read_experiment(plain, label)
+    alone = replace(experiment, engine=replace(experiment.engine, workers=None, group_size=None))
+    return build(alone, Workshop()).runner.trainer
+
+
+def _spread(experiment: Experiment, trainer: Trainer) -> Trainer:
+    """Return what trains whole cohorts: `trainer` in this process, group by group, or workers that have one each."""
+    engine = experiment.engine
+    if engine.workers is not None:
+        make = partial(worker_trainer, experiment.plain(), experiment.label)
+        return RayTrainer(make, engine.workers, engine.group_size)
+    return trainer if engine.group_size is None else GroupedTrainer(trainer, engine.group_size)
 
 
 def _partition(experiment: Experiment, train: TokenizedData) -> list[Indices]:

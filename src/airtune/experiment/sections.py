@@ -103,7 +103,9 @@ class Engine:
     precision : "fp32" (reproducible), "bf16" (where the hardware has it) or "fp64" (checks).
     device : "cpu", "cuda" or "cuda:N".
     engine : "twin": one client after the other, the readable way.
-    threads : of torch; None: as many as this process may use.
+    threads : of torch; None: as many as this process may use, with `workers` one each.
+    workers : Ray workers that train the clients, one CPU and one base model each; None: this process trains them.
+    group_size : most clients that are trained together; None: the whole cohort, with `workers` 8 [our choice].
     prefix_cache : bytes for activations of the lowest layers, kept from round to round where only the frozen base acts
         in them; None: none are kept. See `airtune.training.prefix`.
     """
@@ -112,12 +114,15 @@ class Engine:
     device: str = "cpu"
     engine: Literal["twin"] = "twin"
     threads: int | None = None
+    workers: int | None = None
+    group_size: int | None = None
     prefix_cache: float | None = field(default=None, metadata={"unit": "B"})
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"threads: {self.threads} is below 1")
+        for name in ("threads", "workers", "group_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)} is below 1")
         if self.prefix_cache is not None and not 0.0 < self.prefix_cache < math.inf:
             raise InputError(f"prefix_cache: {self.prefix_cache:g} B is not possible; valid: a positive size, or none")
 

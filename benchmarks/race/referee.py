@@ -1,0 +1,208 @@
+"""Runs the sides in turn, round by round, measures the final adapters, and writes what was found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from race.gate import write
+from race.sides import Processes, Side
+from race.work import SIZES, Size, prepare
+
+TOLERANCE = 0.02  # of the final loss, relative: all sides did the same work
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return the options that both races have."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cores = len(os.sched_getaffinity(0))
+    made.add_argument("--work", choices=SIZES, default="minilm", help="minilm: the demo; tiny: overhead alone")
+    made.add_argument("--clients", type=int, help="all take part in every round")
+    made.add_argument("--rounds", type=int, help="measured rounds; one more before them warms up")
+    made.add_argument("--steps", type=int, help="local steps of a client in a round")
+    made.add_argument("--engine", default="twin", help="airtune's [training] engine")
+    made.add_argument("--precisions", default="bf16,fp32", help="airtune's, each a side of its own")
+    made.add_argument("--threads", type=int, default=cores, help="of airtune's process (default: all cores)")
+    made.add_argument("--workers", type=int, default=0, help="airtune on a local Ray cluster of so many workers")
+    made.add_argument("--cores", type=int, default=cores, help="actors or processes of the peer")
+    made.add_argument("--environments", type=Path, default=_cache() / "peers", help="where the peers are installed")
+    made.add_argument("--json", type=Path, help="write the result here")
+    made.add_argument("--limit", type=float, default=3600.0, help="seconds after which the race is given up")
+    return made
+
+
+def size_of(given: argparse.Namespace) -> Size:
+    """Return the size of the work with the options in it."""
+    changes = {name: getattr(given, name) for name in ("clients", "rounds", "steps") if getattr(given, name)}
+    return replace(SIZES[given.work], **changes)
+
+
+def engines(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the fields of [training] for each of airtune's sides, by the side's name."""
+    found = {}
+    for precision in given.precisions.split(","):
+        engine = {"engine": given.engine, "precision": precision, "threads": given.threads}
+        if given.workers:
+            engine |= {"workers": given.workers, "threads": 1}
+        found[f"airtune {precision}"] = engine
+    return found
+
+
+def race(given: argparse.Namespace, make_sides: Callable[[Path, Path], Sequence[Side]]) -> dict[str, Any]:
+    """Run a race and return its result; `make_sides` gets the folder of the work and one for the sides."""
+    size = size_of(given)
+    with tempfile.TemporaryDirectory(prefix="race-") as name:
+        top = Path(name)
+        settings = prepare(size, top / "work")
+        sides = make_sides(top / "work", top)
+        with Processes() as processes:
+            rounds = _rounds(sides, processes, settings, given.limit)
+        scores = {side.name: _judge(top / "work", side.folder / "final") for side in sides}
+    result = _result(given, size, settings, sides, rounds, scores)
+    _show(result)
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _rounds(
+    sides: Sequence[Side], processes: Processes, settings: dict[str, Any], limit: float
+) -> dict[str, list[float]]:
+    """Let the sides run round after round in turn; return the seconds of each round by side, the warm-up first."""
+    deadline = time.monotonic() + limit
+    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    for side in sides:  # one after the other: a start disturbs no other start
+        processes.start(side)
+        _await(side, "ready-0", processes, deadline)
+    for number in range(settings["all_rounds"]):
+        turn = number % len(sides)
+        for side in [*sides[turn:], *sides[:turn]]:
+            write(side.folder / f"go-{number}", {})
+            found = _await(side, f"ready-{number + 1}", processes, deadline)
+            seconds[side.name].append(found["seconds"])
+            print(f"round {number}: {side.name:24} {found['seconds']:8.2f} s", file=sys.stderr, flush=True)
+    for side in sides:
+        _await(side, "final", processes, deadline)
+    return seconds
+
+
+def _await(side: Side, name: str, processes: Processes, deadline: float) -> Any:
+    path = side.folder / name
+    checked = time.monotonic()
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{side.name}: no {name} within the limit\n{processes.logs(side)}")
+        if time.monotonic() - checked > 1.0:
+            processes.check()
+            checked = time.monotonic()
+        time.sleep(0.01)
+    return json.loads(path.read_text()) if name != "final" else None
+
+
+def _judge(work: Path, final: Path) -> dict[str, Any]:
+    """Return a final adapter's loss and accuracy on the test rows, and its values."""
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file
+
+    from race.peft_client import Rows, Work, set_state
+
+    judge = Work(work)
+    model, rows = judge.build(), Rows(work, "test")
+    state = load_file(final)
+    set_state(model, state)
+    total = correct = 0.0
+    count = len(rows.labels)
+    with torch.inference_mode():
+        for begin in range(0, count, 50):
+            batch = rows.batch(np.arange(begin, min(begin + 50, count)))
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            total += float(torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
+            correct += float((logits.argmax(-1) == batch["labels"]).sum())
+    values = torch.cat([state[key].flatten().double() for key in sorted(state)])
+    return {"loss": total / count, "accuracy": correct / count, "values": values}
+
+
+def _result(
+    given: argparse.Namespace,
+    size: Size,
+    settings: dict[str, Any],
+    sides: Sequence[Side],
+    rounds: dict[str, list[float]],
+    scores: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    first = scores[sides[0].name]
+    reference = scores.get("airtune fp32", first)
+    rows, steps = [], settings["steps_a_round"]
+    for side in sides:
+        measured, score = rounds[side.name][1:], scores[side.name]
+        distance = float((score["values"] - reference["values"]).norm() / reference["values"].norm())
+        rows.append(
+            {
+                "side": side.name,
+                "steps_per_s": statistics.median(steps / seconds for seconds in measured),
+                "slowest": min(steps / seconds for seconds in measured),
+                "fastest": max(steps / seconds for seconds in measured),
+                "warm_up_s": rounds[side.name][0],
+                "round_s": measured,
+                "loss": score["loss"],
+                "accuracy": score["accuracy"],
+                "adapter_distance": distance,
+                "versions": dict(side.versions),
+            }
+        )
+    ours = [row for row in rows if row["side"].startswith("airtune")]
+    theirs = [row for row in rows if not row["side"].startswith("airtune")]
+    ratios = [
+        {
+            "ours": one["side"],
+            "peer": other["side"],
+            "ratio": statistics.median(b / a for a, b in zip(one["round_s"], other["round_s"], strict=True)),
+            "loss_difference": abs(one["loss"] - other["loss"]) / other["loss"],
+            "same_work": abs(one["loss"] - other["loss"]) <= TOLERANCE * other["loss"],
+        }
+        for one in ours
+        for other in theirs
+    ]
+    host = {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "python": platform.python_version()}
+    options = {key: str(value) for key, value in vars(given).items() if key not in ("json", "environments")}
+    return {
+        "work": {**asdict(size), "tokens_a_step": settings["mean_tokens_a_step"]},
+        "options": options,
+        "host": {**host, "load_at_end": os.getloadavg()},
+        "sides": rows,
+        "ratios": ratios,
+    }
+
+
+def _show(result: dict[str, Any]) -> None:
+    work = result["work"]
+    print(
+        f"{work['name']}: {work['clients']} clients x {work['steps']} steps of {work['batch_size']} examples "
+        f"({work['tokens_a_step']:.0f} tokens with padding), median of {work['rounds']} rounds after one warm-up"
+    )
+    print(f"{'side':26}{'steps/s':>10}{'slowest':>10}{'fastest':>10}{'first round':>13}{'loss':>9}{'distance':>10}")
+    for row in result["sides"]:
+        print(
+            f"{row['side']:26}{row['steps_per_s']:10.2f}{row['slowest']:10.2f}{row['fastest']:10.2f}"
+            f"{row['warm_up_s']:11.1f} s{row['loss']:9.4f}{row['adapter_distance']:10.1e}"
+        )
+    for ratio in result["ratios"]:
+        same = "" if ratio["same_work"] else "   NOT THE SAME WORK: the losses differ by more than 2 %"
+        print(f"{ratio['ours']} / {ratio['peer']}: {ratio['ratio']:.2f}x{same}")
+
+
+def _cache() -> Path:
+    from airtune.training.catalogue import cache_root
+
+    return cache_root()
