@@ -1,0 +1,55 @@
+"""The byte budget: how many token places a micro-batch may have, and how many clients a block."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from airtune.devices.latency import TransformerShape
+from airtune.devices.memory import activation_bytes
+
+STATE_SHARE = 0.25  # of the budget for the stacks of a block; the rest is for activations [our choice]
+ROWS_OF_STATE = 6  # values, gradients, two moments, a step's change, the copy for a micro-batch
+GREATEST_BLOCK = 1024
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that is free on a device now; on the CPU what the kernel, or the container's limit, leaves."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            found = [int(line.split()[1]) * 1024]
+    limit, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit and used and limit[0].isdigit():
+        found.append(int(limit[0]) - int(used[0]))
+    return max(min(found), 0)
+
+
+def automatic_budget(device: torch.device) -> int:
+    """Return half of what is free, rounded down to 64 MiB so that small changes of the machine's load do not show."""
+    unit = 64 * 2**20
+    return max(unit, free_bytes(device) // 2 // unit * unit)
+
+
+def bytes_per_token(config_json: dict[str, Any], length: int, *, value_bytes: int, causal: bool) -> float:
+    """Return an upper estimate of what one token place keeps for the backward pass, with all layers trained."""
+    shape = TransformerShape.from_config(config_json)
+    layers = (shape.layers + 1.0) * float(activation_bytes(shape, length, 1, value_bytes)) / length
+    return layers + (16.0 * shape.vocabulary if causal else 0.0)
+
+
+def block_clients(budget: int, width: int, value_bytes: int) -> int:
+    """Return how many clients of `width` trained values each fit into the share of the budget for stacks."""
+    return max(1, min(GREATEST_BLOCK, int(STATE_SHARE * budget) // max(ROWS_OF_STATE * width * value_bytes, 1)))
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,117 @@
+"""The cohort engine: the clients of a round trained together on the one frozen base.
+
+What goes through the network is a micro-batch with rows of many clients. Every adapted layer applies its base once to
+all rows and a stack of adapters to each client's own. The losses are added up over clients, so each client's gradient
+is what it would be alone, and one optimizer steps on all of them. The results equal those of the readable twin
+(`airtune.training.local`) up to rounding.
+
+Clients are grouped by what must be equal (`members.grouped`), and a group is cut into blocks whose stacks fit the
+memory budget. Within a step the clients' batches are packed by length into micro-batches (`batches.Packing`). All this
+depends on the jobs and on the engine's two numbers alone, so equal runs give equal bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from airtune.errors import InputError
+from airtune.training.cohort.batches import Indices, Packing
+from airtune.training.cohort.block import Block, Work
+from airtune.training.cohort.members import Member, grouped, members_of
+from airtune.training.cohort.memory import STATE_SHARE, automatic_budget, block_clients, bytes_per_token
+from airtune.training.cohort.network import check_model
+from airtune.training.data import TokenizedData
+from airtune.training.local import LocalTrainer
+from airtune.training.model import FederatedModel
+from airtune.types import Trained, TrainingJob
+
+CPU_TOKENS = 2048  # of a micro-batch: beyond that a CPU gains nothing
+LAUNCH_TOKENS = {"cpu": 64, "cuda": 2048}  # what a pass costs beside its work, in token places
+
+
+@dataclass(frozen=True)
+class CohortTrainer:
+    """Trains clients together on the one base model.
+
+    Attributes
+    ----------
+    model : the base with its LoRA layers. tokens : all training examples. clients : client -> its examples.
+    seed : the experiment's seed.
+    memory_budget : bytes for activations and stacks; None: half of what is free when the engine is made.
+    micro_batch_tokens : most token places of a micro-batch; None: what the budget allows, on a CPU at most 2048.
+    work : counts what was done, among others the share of padding.
+    """
+
+    model: FederatedModel
+    tokens: TokenizedData
+    clients: Sequence[Indices]
+    seed: int
+    memory_budget: int | None = None
+    micro_batch_tokens: int | None = None
+    work: Work = field(default_factory=Work, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the model and settle the automatic choices.
+
+        Raises
+        ------
+        InputError : the engine cannot serve the model, or the budget does not hold a single example.
+        """
+        check_model(self.model)
+        if self.memory_budget is None:
+            object.__setattr__(self, "memory_budget", automatic_budget(self.model.device))
+        most = self._affordable_tokens()
+        if self.micro_batch_tokens is None:
+            wanted = most if self.model.device.type == "cuda" else min(most, CPU_TOKENS)
+            object.__setattr__(self, "micro_batch_tokens", max(wanted, 1))
+
+    @property
+    def packing(self) -> Packing:
+        """Return how micro-batches are built."""
+        assert self.micro_batch_tokens is not None
+        return Packing(self.micro_batch_tokens, LAUNCH_TOKENS[self.model.device.type])
+
+    def train(self, jobs: Sequence[TrainingJob]) -> Sequence[Trained]:
+        """Return one result per job, in order; reports are those of `LocalTrainer.train`.
+
+        Raises
+        ------
+        InputError : a job asks for something that the engine has not.
+        ValueError : a client has no examples, or its slice trains nothing.
+        """
+        twin = LocalTrainer(self.model, self.tokens, self.clients, self.seed)
+        results: dict[int, Trained] = {}
+        for group in grouped(members_of(jobs, twin)):
+            for members in self._blocks(group):
+                block = Block(self.model, self.tokens, members, self.packing, self.seed, self.work)
+                found = block.train()
+                results.update({member.place: trained for member, trained in zip(members, found, strict=True)})
+        return [results[place] for place in range(len(jobs))]
+
+    def _blocks(self, group: Sequence[Member]) -> list[Sequence[Member]]:
+        assert self.memory_budget is not None
+        width = max(_values(member) for member in {id(m.trained): m for m in group}.values())
+        size = block_clients(self.memory_budget, width, self.model.dtype.itemsize)
+        return [group[start : start + size] for start in range(0, len(group), size)]
+
+    def _affordable_tokens(self) -> int:
+        assert self.memory_budget is not None
+        length = max(int(self.tokens.lengths.max(initial=1)), 1)
+        each = bytes_per_token(
+            self.model.config_json,
+            length,
+            value_bytes=2 if self.model.precision == "bf16" else self.model.dtype.itemsize,
+            causal=self.tokens.task == "causal-lm",
+        )
+        most = int((1.0 - STATE_SHARE) * self.memory_budget / each)
+        if most < length:
+            raise InputError(
+                f"training.memory_budget: {self.memory_budget} bytes do not hold one example of {length} tokens, which "
+                f"takes about {length * each / (1.0 - STATE_SHARE):.0f}"
+            )
+        return most
+
+
+def _values(member: Member) -> int:
+    return sum(tensor.numel() for _, _, tensor in member.trained.tensors())
