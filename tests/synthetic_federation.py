@@ -188,7 +188,7 @@ class SyntheticWorld:
         return TaskCost(
             download_seconds=0.0,
             compute_seconds=seen.costs.compute_seconds(task),
-            upload_seconds=bits / rate,
+            upload_seconds=bits / rate if bits else 0.0,
             uplink_bits=bits,
             downlink_bits=seen.costs.downlink_bits(task),
             joules=seen.costs.compute_joules(task),

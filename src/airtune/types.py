@@ -140,7 +140,14 @@ class OrthogonalityPenalty:
     form: Literal["cosine", "off-diagonal", "identity", "mixed"] = "cosine"
 
 
-Penalty = TailPenalty | ProximalPenalty | OrthogonalityPenalty
+@dataclass(frozen=True)
+class BalancePenalty:
+    """MoLE's term ``-weight * sum_i log q_i``, q_i the mean gate of expert i (arXiv 2404.13628); 0 without gates."""
+
+    weight: float = 0.5
+
+
+Penalty = TailPenalty | ProximalPenalty | OrthogonalityPenalty | BalancePenalty
 
 
 @dataclass(frozen=True)

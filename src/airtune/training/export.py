@@ -16,12 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from airtune.lora import LoraFactors, stack
+from airtune.training.bottleneck import save_bottleneck
 from airtune.training.dora import decomposed
 from airtune.training.model import FederatedModel, as_factors
-from airtune.training.shapes import gain_name, is_gain, saved_modules
+from airtune.training.saved import write_adapter
+from airtune.training.shapes import gain_name, in_head, saved_modules
 from airtune.types import ServerModel
 
 _TASK = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+
+
+def export_kind(model: FederatedModel) -> str:
+    """Return what `export_adapter` writes: "peft", or what PEFT does not know: "bottleneck", and "airtune" (MoLE)."""
+    return {"bottleneck": "bottleneck", "mole": "airtune"}.get(model.config.adapter, "peft")
 
 
 def export_adapter(model: FederatedModel, server: ServerModel, folder: Path) -> None:
@@ -29,34 +36,45 @@ def export_adapter(model: FederatedModel, server: ServerModel, folder: Path) -> 
 
     ``PeftModel.from_pretrained(base, folder)`` opens it. All that acts on one module, merged updates included, becomes
     one LoRA without loss: the factors are stacked, so ranks may differ and stand in ``rank_pattern``, and each scaling
-    is kept by ``alpha_pattern``. With DoRA the gains become PEFT's magnitudes. The folder appears complete or not at
-    all; an older one is replaced.
+    is kept by ``alpha_pattern``. With DoRA the gains become PEFT's magnitudes. Bottleneck adapters, which PEFT does not
+    know, are written as `airtune.training.bottleneck` says, MoLE as `airtune.training.saved` does. The folder appears
+    complete or not at all; an older one is replaced.
 
     Raises
     ------
     OSError : the folder cannot be written.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        if export_kind(model) == "peft":
+            _write_peft(model, server, fresh)
+        elif export_kind(model) == "airtune":
+            write_adapter(model, server, fresh)
+        else:
+            adapter = server.adapter
+            parts = {module: [adapter.factors[slot] for slot in slots] for module, slots in adapter.placement.items()}
+            save_bottleneck(fresh, parts, adapter.extras, model.config.name)
+        fresh.chmod(0o755)
+        _replace(folder, fresh)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def _write_peft(model: FederatedModel, server: ServerModel, folder: Path) -> None:
     modules = module_factors(server)
     magnitudes: dict[str, Tensor] = {}
     if model.config.adapter == "dora":
         for module, factors in modules.items():
             gain = server.adapter.extras[gain_name(module)]
             modules[module], magnitudes[module] = peft_dora(model.base_weight(module), factors, gain)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        content = {
-            key: tensor.detach().cpu().float().contiguous().clone()
-            for key, tensor in _tensors(server, modules, magnitudes)
-        }
-        save_file(content, str(fresh / "adapter_model.safetensors"), metadata={"format": "pt"})
-        text = json.dumps(_peft_config(model, modules), indent=2, sort_keys=True)
-        (fresh / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-        fresh.chmod(0o755)
-        _replace(folder, fresh)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
+    content = {
+        key: tensor.detach().cpu().float().contiguous().clone() for key, tensor in _tensors(server, modules, magnitudes)
+    }
+    save_file(content, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    text = json.dumps(_peft_config(model, modules), indent=2, sort_keys=True)
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def module_factors(server: ServerModel) -> dict[str, LoraFactors]:
@@ -111,7 +129,7 @@ def _tensors(
     pairs = [(f"{prefix}{module}.lora_A.weight", factors.A) for module, factors in modules.items()]
     pairs += [(f"{prefix}{module}.lora_B.weight", factors.B) for module, factors in modules.items()]
     pairs += [(f"{prefix}{module}.lora_magnitude_vector", tensor) for module, tensor in magnitudes.items()]
-    return pairs + [(prefix + name, tensor) for name, tensor in server.adapter.extras.items() if not is_gain(name)]
+    return pairs + [(prefix + name, tensor) for name, tensor in server.adapter.extras.items() if in_head(name)]
 
 
 def _peft_config(model: FederatedModel, modules: Mapping[str, LoraFactors]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ server has merged into the base so far. Each part is one PEFT adapter with its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -22,11 +22,14 @@ from airtune.errors import InputError
 from airtune.lora import Adapter, AdapterShape, AdapterSlice, DenseUpdate, Indices, LoraFactors, MergedUpdate
 from airtune.streams import torch_seed
 from airtune.training.beam import Gate
+from airtune.training.bottleneck import put_behind
 from airtune.training.dora import RowGain, decomposed
+from airtune.training.gates import is_gate
 from airtune.training.hardware import BASE_TYPE, Precision, checked_device, checked_precision
 from airtune.training.layers import head_parameters, hook_gain, inject_layers, install_parts, set_parameter
+from airtune.training.mole import Router, gating_of
 from airtune.training.prefix import FrozenPrefix
-from airtune.training.shapes import ModelConfig, adapter_shape, gain_name, is_gain, placement_of
+from airtune.training.shapes import ModelConfig, adapter_shape, gain_name, in_head, is_gain, placement_of
 from airtune.types import Beam, ServerModel
 
 NOTHING = AdapterSlice({}, outside="frozen", extras=False)
@@ -44,6 +47,7 @@ class ActiveAdapter:
     start : the same values before training, apart from the network.
     gains : name of the extra tensor -> the gains of one layer's rows (DoRA).
     gates : slot -> the gate of its components (BeamLoRA).
+    routers : the gates of the experts, one for each layer in which any acts (MoLE).
     """
 
     slice: AdapterSlice
@@ -51,6 +55,7 @@ class ActiveAdapter:
     start: Adapter
     gains: Mapping[str, RowGain] = field(default_factory=dict[str, RowGain])
     gates: Mapping[str, Gate] = field(default_factory=dict[str, Gate])
+    routers: tuple[Router, ...] = ()
 
     def trained(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield (owner, kind, tensor) of everything that requires gradients, in a fixed order."""
@@ -122,9 +127,10 @@ class FederatedModel:
         self._pretrained_extras = {
             name: network.get_parameter(name).detach().to("cpu", self.dtype, copy=True)
             for name in self.shape.extras
-            if name not in fresh and not is_gain(name)
+            if name not in fresh and in_head(name)
         }
         self._hooks: list[RemovableHandle] = []
+        self._gating = gating_of(self.shape) if config.adapter == "mole" else None
         self.network.requires_grad_(False).eval().to(device=self.device, dtype=BASE_TYPE[precision])
         if precision == "bf16" and self.device.type == "cpu":
             self.network.set_attn_implementation("eager")  # torch's fused attention is slow backwards in bf16 on a CPU
@@ -177,7 +183,7 @@ class FederatedModel:
         values = torch.zeros(self.shape.extras[name], dtype=self.dtype)
         if is_gain(name):
             return values + 1.0
-        if name.endswith(".bias"):
+        if name.endswith(".bias") or is_gate(name):
             return values
         spread = float(self.config_json.get("initializer_range") or 0.02)
         return values.normal_(0.0, spread, generator=_generator(seed, "head", place))
@@ -224,12 +230,15 @@ class FederatedModel:
             parts = [(trained.factors[slot], dropout) for slot in trained.placement.get(module, ())]
             parts += [(frozen.factors[slot], None) for slot in frozen.placement.get(module, ())]
             parts += [(merged[module], None)] if module in merged else []
+            if self.config.adapter == "bottleneck":
+                put_behind(layer, parts, merged.get(module))
+                parts = []
             install_parts(layer, parts, gains.get(gain_name(module)), gates.get(module))
-        self._hook(gains)
-        for name, value in model.adapter.extras.items():
-            if not is_gain(name):
-                set_parameter(self.network, name, trained.extras[name] if train.extras else self._leaf(value))
-        return ActiveAdapter(train, trained, start, gains, gates)
+        extras = trained.extras if train.extras else {n: self._leaf(v) for n, v in model.adapter.extras.items()}
+        routers = self._hook(gains, (trained, frozen), extras)
+        for name in filter(in_head, extras):
+            set_parameter(self.network, name, extras[name])
+        return ActiveAdapter(train, trained, start, gains, gates, routers)
 
     def _gates(self, trained: Adapter, beam: Beam | None) -> dict[str, Gate]:
         """Return equal gates for the slots that are trained, if components compete."""
@@ -260,10 +269,18 @@ class FederatedModel:
             gains[name] = RowGain(module, weight, inner, magnitude, received)
         return replace(trained, factors=factors, extras=extras), gains
 
-    def _hook(self, gains: Mapping[str, RowGain]) -> None:
+    def _hook(
+        self, gains: Mapping[str, RowGain], adapters: Sequence[Adapter], extras: Mapping[str, Tensor]
+    ) -> tuple[Router, ...]:
+        """Replace the last client's hooks by those of this one; return the gates of its experts."""
         while self._hooks:
             self._hooks.pop().remove()
         self._hooks += [hook_gain(self._layers[gain.slot], gain) for gain in gains.values()]
+        if self._gating is None:
+            return ()
+        routers, handles = self._gating.install(self.network, self._layers, adapters, extras)
+        self._hooks += handles
+        return routers
 
     def show(self, model: ServerModel) -> None:
         """Put the server's whole model onto the base, frozen, for evaluation."""
@@ -313,7 +330,7 @@ class FederatedModel:
         if missing := head - set(self.shape.extras):
             raise ValueError(f"the head has tensors that the adapter does not carry: {sorted(missing)}")
         for name, size in self.shape.extras.items():
-            if not is_gain(name) and tuple(self.network.get_parameter(name).shape) != size:
+            if in_head(name) and tuple(self.network.get_parameter(name).shape) != size:
                 raise ValueError(f"{name} has not the size {size} that config.json promised")
 
     def _check_adapter(self, model: ServerModel) -> None:

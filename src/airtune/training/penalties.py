@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from airtune.training.model import ActiveAdapter
-from airtune.types import OrthogonalityPenalty, Penalty, ProximalPenalty, TailPenalty
+from airtune.training.mole import balance
+from airtune.types import BalancePenalty, OrthogonalityPenalty, Penalty, ProximalPenalty, TailPenalty
 
 TINY = 1e-8  # added to squared norms, so that the cosine of a zero column is 0 (our choice)
 
@@ -76,6 +77,8 @@ def _term(penalty: Penalty, active: ActiveAdapter) -> Tensor:
             return penalty.weight * proximal_distance(active)
         case OrthogonalityPenalty():
             return penalty.weight * orthogonality(penalty.form, active)
+        case BalancePenalty():
+            return penalty.weight * (balance(active.routers) if active.routers else _sum([], active))
 
 
 def _sum(terms: Sequence[Tensor], active: ActiveAdapter) -> Tensor:

@@ -10,13 +10,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from airtune.devices.latency import module_position
 from airtune.errors import InputError, unknown_name
 from airtune.lora import AdapterShape, SlotShape, lora_scaling
+from airtune.training.gates import check_experts, expert_name, gate_sizes, is_gate
 
 Task = Literal["sequence-classification", "causal-lm"]
-AdapterKind = Literal["lora", "rslora", "dora", "msp-lora", "beam-lora"]
+AdapterKind = Literal["lora", "rslora", "dora", "msp-lora", "beam-lora", "mole", "bottleneck"]
 TASKS: tuple[Task, ...] = ("sequence-classification", "causal-lm")
-ADAPTER_KINDS: tuple[AdapterKind, ...] = ("lora", "rslora", "dora", "msp-lora", "beam-lora")
+ADAPTER_KINDS: tuple[AdapterKind, ...] = ("lora", "rslora", "dora", "msp-lora", "beam-lora", "mole", "bottleneck")
 LEVELS = 3  # of msp-lora: all layers, a group of layers, one layer
 ConfigJson = Mapping[str, Any]
 Sizes = dict[str, tuple[int, int]]
@@ -36,11 +38,14 @@ class ModelConfig:
     adapter : "lora"; "rslora": the scaling is alpha / sqrt(rank) (arXiv 2312.03732); "dora": the norms of the weights'
         rows are trained, too (arXiv 2402.09353, `airtune.training.dora`); "msp-lora": a LoRA that all layers share, one
         for each third of the layers, and one of each layer's own (arXiv 2503.21838); "beam-lora": components compete
-        during local training (arXiv 2502.13604, `airtune.training.beam`).
+        during local training (arXiv 2502.13604, `airtune.training.beam`); "mole": several LoRAs in every module with
+        learned gates (arXiv 2404.13628, `airtune.training.mole`); "bottleneck": ReLU units behind each layer, which
+        must be square (arXiv 1902.00751, `airtune.training.bottleneck`).
     rank : number of components of each slot, unless a method wants another profile. With msp-lora that of what all
         layers share; half of it, and a quarter of it, for the other two.
     alpha : the scaling is alpha / rank.
     rank_stabilized : alpha / sqrt(rank) instead, for any kind of adapter.
+    experts : number of LoRAs in every module with mole, each of rank `rank`; other kinds do not look at it.
     train_pooler : whether BERT's pooler is trained, sent and counted with the head; by default it stays frozen.
     """
 
@@ -51,6 +56,7 @@ class ModelConfig:
     rank: int = 8
     alpha: float = 16.0
     rank_stabilized: bool = False
+    experts: int = 2
     train_pooler: bool = False
     top_layers: int | None = None
 
@@ -73,6 +79,8 @@ class ModelConfig:
             raise InputError(f"model.alpha: {self.alpha} must be positive")
         if self.adapter == "msp-lora" and self.rank < 2 ** (LEVELS - 1):
             raise InputError(f"model.rank: msp-lora divides rank {self.rank} by 2 and by 4; valid: 4 or more")
+        if self.adapter == "mole":
+            check_experts(self.experts, self.task)
 
     @property
     def scaling(self) -> float:
@@ -266,16 +274,22 @@ def adapter_shape(
         raise InputError(f"model.top_layers: {model.top_layers} is more than the model has; valid: 1 to {depth}")
     lowest = 0 if model.top_layers is None else depth - model.top_layers
     layers = tuple(layer for layer in linear_layers(config_json) if layer.layer >= lowest)
-    targets = _targets(layers, model.target_modules or family.targets)
+    targets = _targets(layers, model.target_modules or _usual_targets(family, layers, model))
     slots = {layer.name: _slot((layer,), model.rank, model) for layer in targets}
+    if model.adapter == "bottleneck":
+        _check_square(targets)
     if model.adapter == "msp-lora":
         slots = _shared_slots(targets, family.layers, depth, model)
+    if model.adapter == "mole":
+        slots = {expert_name(n, e): slot for n, slot in slots.items() for e in range(model.experts)}
     if unknown := set(ranks or {}) - set(slots):
         raise unknown_name("ranks", min(unknown), slots)
     slots = {name: _with_rank(name, slot, (ranks or {}).get(name, slot.rank), model) for name, slot in slots.items()}
     extras = _head(config_json, model, num_labels)
     if model.adapter == "dora":
         extras |= {gain_name(name): (slot.out_features,) for name, slot in slots.items()}
+    if model.adapter == "mole":
+        extras |= gate_sizes(slots, model.experts)
     return AdapterShape(slots, extras, depth)
 
 
@@ -293,14 +307,19 @@ def gain_name(module: str) -> str:
 
 
 def is_gain(name: str) -> bool:
-    """Return whether an extra tensor holds gains; the others are the head's."""
+    """Return whether an extra tensor holds gains."""
     return name.endswith(_GAIN)
+
+
+def in_head(name: str) -> bool:
+    """Return whether an extra tensor is a parameter of the network's head."""
+    return not (is_gain(name) or is_gate(name))
 
 
 def saved_modules(config_json: ConfigJson, extras: Collection[str]) -> tuple[str, ...]:
     """Return the modules of the head that hold these extras, as PEFT's `modules_to_save` names them."""
     pooler = _family(config_json).pooler
-    inside = {name.rpartition(".")[0] for name in extras if not is_gain(name)}
+    inside = {name.rpartition(".")[0] for name in extras if in_head(name)}
     return tuple(sorted({name if name == pooler else name.partition(".")[0] for name in inside}))
 
 
@@ -309,6 +328,27 @@ def _family(config_json: ConfigJson) -> _Family:
     if name not in _FAMILIES:
         raise unknown_name("model.name: model_type of config.json", name, FAMILIES)
     return _FAMILIES[name]
+
+
+def _usual_targets(family: _Family, layers: Sequence[LinearLayer], model: ModelConfig) -> tuple[str, ...]:
+    """Return the family's query and value, or what a bottleneck stands behind: the attention's output projection."""
+    if model.adapter != "bottleneck":
+        return family.targets
+    inner = family.layers.format(layers[0].layer) + "."
+    return tuple(
+        layer.name.removeprefix(inner)
+        for layer in layers
+        if layer.layer == layers[0].layer and module_position(layer.name)[1] == "output"
+    )
+
+
+def _check_square(layers: Sequence[LinearLayer]) -> None:
+    for layer in layers:
+        if layer.in_features != layer.out_features:
+            raise InputError(
+                f"model.target_modules: a bottleneck stands behind a square layer, and {layer.name!r} is "
+                f"{layer.in_features} x {layer.out_features}; valid: layers with as many inputs as outputs"
+            )
 
 
 def _targets(layers: tuple[LinearLayer, ...], targets: tuple[str, ...]) -> tuple[LinearLayer, ...]:
