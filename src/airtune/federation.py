@@ -27,6 +27,7 @@ from airtune.types import (
 )
 
 Evaluate = Callable[[ServerModel], Mapping[str, float]]
+Diagnose = Callable[[ServerModel, RoundOutcome, ServerModel], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,11 @@ def run(
     seed: int,
     evaluate: Evaluate,
     evaluate_every: int = 1,
+    diagnose: Diagnose | None = None,
 ) -> Iterator[tuple[Progress, RoundRecord]]:
     """Run rounds from `progress` until `stop`, yielding the new progress and the record after each.
+
+    `diagnose` looks at every round, whatever the method; a method may add diagnostics of its own (`Diagnoses`).
 
     From round 0 the first record is the evaluation before training. The last round is always evaluated. A resumed run
     (progress from a checkpoint) yields exactly what the uninterrupted one would have.
@@ -126,10 +130,11 @@ def run(
         plan.check(seen)
         outcome, pending = runner.run(plan, progress.model, progress.pending, round_index=index, time=progress.time)
         model, state = method.aggregate(progress.state, progress.model, outcome)
+        found = dict(diagnose(progress.model, outcome, model)) if diagnose is not None else {}
         progress = Progress(index, outcome.end_time, model, state, pending)
         due = index % evaluate_every == 0 or stop.reached(progress, {})
         metrics = _evaluated(evaluate, progress) if due else {}
-        found = method.diagnose(state, outcome) if isinstance(method, Diagnoses) else {}
+        found |= method.diagnose(state, outcome) if isinstance(method, Diagnoses) else {}
         yield progress, replace(_record(progress, seen.shape, outcome, metrics), diagnostics=found)
         if any(not math.isfinite(value) for value in metrics.values()):
             raise NoResultError(f"round {index}: the model diverged ({dict(metrics)}); lower training.learning_rate")
