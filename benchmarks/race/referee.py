@@ -31,7 +31,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, help="measured rounds; one more before them warms up")
     made.add_argument("--steps", type=int, help="local steps of a client in a round")
     made.add_argument("--engine", default="twin", help="airtune's [training] engine")
-    made.add_argument("--precisions", default="bf16,fp32", help="airtune's, each a side of its own")
+    made.add_argument("--precisions", default=_precisions(), help="airtune's, each a side of its own")
     made.add_argument("--threads", type=int, default=cores, help="of airtune's process (default: all cores)")
     made.add_argument("--workers", type=int, default=0, help="airtune on a local Ray cluster of so many workers")
     made.add_argument("--cores", type=int, default=cores, help="actors or processes of the peer")
@@ -67,8 +67,9 @@ def race(given: argparse.Namespace, make_sides: Callable[[Path, Path], Sequence[
         sides = make_sides(top / "work", top)
         with Processes() as processes:
             rounds = _rounds(sides, processes, settings, given.limit)
+        start = _values(top / "work" / "start" / "adapter_model.safetensors")
         scores = {side.name: _judge(top / "work", side.folder / "final") for side in sides}
-    result = _result(given, size, settings, sides, rounds, scores)
+    result = _result(given, size, settings, sides, rounds, scores, start)
     _show(result)
     if given.json:
         given.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -119,8 +120,7 @@ def _judge(work: Path, final: Path) -> dict[str, Any]:
 
     judge = Work(work)
     model, rows = judge.build(), Rows(work, "test")
-    state = load_file(final)
-    set_state(model, state)
+    set_state(model, load_file(final))
     total = correct = 0.0
     count = len(rows.labels)
     with torch.inference_mode():
@@ -129,8 +129,16 @@ def _judge(work: Path, final: Path) -> dict[str, Any]:
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             total += float(torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
             correct += float((logits.argmax(-1) == batch["labels"]).sum())
-    values = torch.cat([state[key].flatten().double() for key in sorted(state)])
-    return {"loss": total / count, "accuracy": correct / count, "values": values}
+    return {"loss": total / count, "accuracy": correct / count, "values": _values(final)}
+
+
+def _values(file: Path) -> Any:
+    """Return all values of an adapter in one vector."""
+    import torch
+    from safetensors.torch import load_file
+
+    state = load_file(file)
+    return torch.cat([state[key].flatten().double() for key in sorted(state)])
 
 
 def _result(
@@ -140,13 +148,14 @@ def _result(
     sides: Sequence[Side],
     rounds: dict[str, list[float]],
     scores: dict[str, dict[str, Any]],
+    start: Any,
 ) -> dict[str, Any]:
-    first = scores[sides[0].name]
-    reference = scores.get("airtune fp32", first)
+    reference = scores.get("airtune fp32", scores[sides[0].name])["values"]
+    way = (reference - start).norm()
     rows, steps = [], settings["steps_a_round"]
     for side in sides:
         measured, score = rounds[side.name][1:], scores[side.name]
-        distance = float((score["values"] - reference["values"]).norm() / reference["values"].norm())
+        distance = float((score["values"] - reference).norm() / way)
         rows.append(
             {
                 "side": side.name,
@@ -200,6 +209,18 @@ def _show(result: dict[str, Any]) -> None:
     for ratio in result["ratios"]:
         same = "" if ratio["same_work"] else "   NOT THE SAME WORK: the losses differ by more than 2 %"
         print(f"{ratio['ours']} / {ratio['peer']}: {ratio['ratio']:.2f}x{same}")
+
+
+def _precisions() -> str:
+    """Return the precisions that this machine computes in."""
+    import torch
+
+    from airtune.training.hardware import checked_precision
+
+    try:
+        return f"{checked_precision('bf16', torch.device('cpu'))},fp32"
+    except ValueError:
+        return "fp32"
 
 
 def _cache() -> Path:

@@ -117,7 +117,8 @@ class RayTrainer:
         return ray.remote(num_cpus=1, max_restarts=0)(_Worker).remote(self.make_trainer)
 
     def _replace(self, ray: Any, worker: Any) -> Any:
-        """Put a new worker in the place of a lost one."""
+        """Put a new worker in the place of a lost one, of which nothing is left running."""
+        ray.kill(worker)
         fresh = self._start(ray)
         self._pool[next(place for place, kept in enumerate(self._pool) if kept is worker)] = fresh
         return fresh
@@ -176,12 +177,12 @@ def _result(ray: Any, done: Any) -> Sequence[Trained] | None:
     """Return what a worker found, None if the worker was lost; what its trainer raised is raised here."""
     try:
         return ray.get(done)
-    except ray.exceptions.RayActorError as error:
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.OutOfMemoryError) as error:
         if isinstance(error, ray.exceptions.ActorDiedError) and (cause := _raised_at_start(error)) is not None:
             raise cause from None
         return None
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
 
 
 def _raised_at_start(error: Any) -> Exception | None:
