@@ -48,7 +48,7 @@ docs: .venv/dev.stamp
 	$(BIN)/mkdocs build --quiet --strict --site-dir site
 
 bench: .venv/bench.stamp
-	$(FETCH)
+	$(FETCH) rotten-tomatoes
 	for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 # ------------------------------------------------------------------------------------------------ set-up
