@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from airtune.aggregation.declaring import exchange_of
+from airtune.aggregation.groups import GroupMean
+from airtune.aggregation.mean import IndependentSampling, Mean
 from airtune.aggregation.residual import ResidualMerge
 from airtune.aggregation.stacking import EnergyThreshold, Stacking
 from airtune.aggregation.truncation import PrincipalSplit, Truncation
 from airtune.errors import InputError
 from airtune.lora import BOTH, Factor
-from airtune.optimizers import GaLore, LoraRite
+from airtune.optimizers import SGD, AdamW, GaLore, LoraPlus, LoraRite, as_optimizer
 from airtune.training.shapes import ModelConfig
 
 
@@ -27,11 +29,14 @@ def check_combination(model: ModelConfig, method: Any, name: str) -> None:
     Raises
     ------
     InputError : DoRA, whose norms are trained with B, where no round trains B; GaLore, which needs a projector, where
-        both factors are trained, or with DoRA; BeamLoRA, where factors are averaged component by component.
+        both factors are trained, or with DoRA; BeamLoRA, where factors are averaged component by component; bottleneck
+        adapters, whose product means nothing, where anything but averages of factors is made.
     """
     while hasattr(method, "method"):  # a wrapper
         method = method.method
     trained = trained_factors(method)
+    if model.adapter == "bottleneck":
+        _check_averages(method, name)
     if model.adapter == "beam-lora":
         _check_products(method, name)
     optimizer = getattr(getattr(method, "training", None), "optimizer", None)
@@ -48,6 +53,26 @@ def check_combination(model: ModelConfig, method: Any, name: str) -> None:
         raise InputError(
             f"training.optimizer: galore needs a fixed projector, and {name} has none; valid: a method that fixes one "
             "factor with orthonormal components (galore-avg, rac-lora)"
+        )
+
+
+_AVERAGES = (Mean, IndependentSampling, GroupMean)
+_PLAIN_OPTIMIZERS = (AdamW, SGD, LoraPlus)
+
+
+def _check_averages(method: Any, name: str) -> None:
+    """Refuse what works on the product B A, between which a bottleneck has its ReLUs."""
+    aggregator = getattr(getattr(method, "composed", method), "aggregator", None)
+    resizes = getattr(method, "variant", None) == "C" and getattr(method, "shrink", None) == "svd"
+    if not isinstance(aggregator, _AVERAGES) or resizes:
+        raise InputError(
+            f"model.adapter: bottleneck adapters have no product B A, with which {name} works; valid: a method that "
+            "averages factors (fedadapter, fedit, fedra, hierfedlora, legend but for variant C with svd)"
+        )
+    optimizer = as_optimizer(getattr(getattr(method, "training", None), "optimizer", "adamw"))
+    if not isinstance(optimizer, _PLAIN_OPTIMIZERS):
+        raise InputError(
+            "training.optimizer: bottleneck adapters have no product B A to follow; valid: adamw, sgd, lora-plus"
         )
 
 
