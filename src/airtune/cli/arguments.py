@@ -125,7 +125,7 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"airtune {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_run, _compare, _plan, _evaluate, _fetch, _methods, _cite, _report, _calibrate, _device):
+    for add in (_run, _compare, _plan, _evaluate, _fetch, _methods, _cite, _report, _calibrate, _device, _deploy):
         add(commands)
     return parser
 
@@ -230,6 +230,18 @@ def _device(commands: Any) -> None:
     parser.add_argument("--socket", metavar="PATH", help="listen on a Unix socket of mode 0600")
     parser.add_argument("--listen", metavar="127.0.0.1:PORT", help="listen on a loopback port; needs a token")
     parser.add_argument("--token-file", metavar="FILE", help="the secret of both sides; written if it is not there")
+
+
+def _deploy(commands: Any) -> None:
+    summary = "write certificates, keys, configuration and start scripts for Flower on real devices"
+    parser = _add(commands, "deploy", "deploying.deploy", summary)
+    parser.add_argument("action", choices=("init",), metavar="init")
+    parser.add_argument("folder", metavar="DIR", help="a new folder")
+    parser.add_argument("--nodes", default="2", metavar="N", help="devices (default: 2)")
+    parser.add_argument("--host", default="localhost", metavar="A,B", help="names of the server that devices dial")
+    parser.add_argument("--port", default="8000", metavar="N", help="of the server (default: 8000)")
+    parser.add_argument("--insecure", action="store_true", help="no encryption, no authentication: for a trial")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _unknown(argument: str, parser: argparse.ArgumentParser, command: str) -> InputError:

@@ -1,0 +1,1 @@
+"""What a secure deployment needs before its first start: certificates, keys of the nodes, configuration, scripts."""
