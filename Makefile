@@ -69,12 +69,12 @@ bench: .venv/bench.stamp
 	@touch $@
 
 .venv/test.stamp: .venv/demo.stamp
-	$(PIP) -e '.[plots,test]'
+	$(PIP) -e '.[plots,flower,test]'
 	@touch $@
 
 # With the extras that src imports, so that pyright sees them.
 .venv/dev.stamp: .venv/test.stamp
-	$(PIP) -e '.[plots,test,gguf,dev]'
+	$(PIP) -e '.[plots,flower,test,gguf,dev]'
 	@touch $@
 
 .venv/bench.stamp: .venv/test.stamp

@@ -1,0 +1,1 @@
+"""The apps that Flower loads; all of their code is airtune's."""

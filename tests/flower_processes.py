@@ -1,0 +1,169 @@
+"""Real Flower processes on the loopback interface: their own FLWR_HOME and ports, ended by process id, time-bounded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+APP = Path(__file__).resolve().parents[1] / "deploy" / "app"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@dataclass
+class Federation:
+    """A SuperLink and SuperNodes in a folder; use as a context manager."""
+
+    folder: Path
+    port: int = field(default_factory=free_port)
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        home = self.folder / "home"
+        home.mkdir(parents=True, exist_ok=True)
+        text = (
+            f'[superlink]\ndefault = "test"\n\n[superlink.test]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
+        )
+        (home / "config.toml").write_text(text)
+        shutil.copytree(APP, self.folder / "app", dirs_exist_ok=True)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        own = {
+            "FLWR_HOME": str(self.folder / "home"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        return {**os.environ, **own}
+
+    def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+        """Start a process in a session of its own; its output goes to NAME.log."""
+        with open(self.folder / f"{name}.log", "ab") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=self.folder, env=self.environment, start_new_session=True
+            )
+        self.running[name] = process
+        return process
+
+    def superlink(self) -> None:
+        address = ["--host", "127.0.0.1", "--port", str(self.port)]
+        self.start("superlink", "flower-superlink", "--insecure", *address, "--database", str(self.folder / "state.db"))
+        wait_for(lambda: _listens(self.port), 90, "the SuperLink")
+
+    def supernode(self, client: int, **config: Any) -> None:
+        words = {"partition-id": client, **{key.replace("_", "-"): value for key, value in config.items()}}
+        self.start(
+            f"node-{client}",
+            "flower-supernode",
+            "--insecure",
+            "--superlink",
+            f"127.0.0.1:{self.port}",
+            "--port",
+            str(free_port()),
+            "--node-config",
+            " ".join(f"{key}={_word(value)}" for key, value in words.items()),
+        )
+
+    def run(self, **config: Any) -> subprocess.Popen[bytes]:
+        """Start `flwr run`."""
+        words = " ".join(f"{key.replace('_', '-')}={_word(value)}" for key, value in config.items())
+        return self.start("run", "flwr", "run", str(self.folder / "app"), "test", "--stream", "--run-config", words)
+
+    def output(self, *command: str) -> str:
+        """Return what a short command prints."""
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=self.folder, env=self.environment, timeout=90
+        )
+        return done.stdout + done.stderr
+
+    def log(self, name: str) -> str:
+        path = self.folder / f"{name}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def end(self, name: str, number: int = signal.SIGTERM, seconds: float = 20.0) -> None:
+        """End a process with its session: Flower's own children are in it."""
+        process = self.running.pop(name)
+        members = session_of(process.pid)
+        for each in (number, signal.SIGKILL):
+            for member in members:
+                _signal(member, each)
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline and any(_alive(member) for member in members):
+                process.poll()
+                time.sleep(0.1)
+        process.wait(timeout=10)
+
+    def __enter__(self) -> Federation:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        for name in list(self.running):
+            self.end(name)
+
+
+def session_of(leader: int) -> list[int]:
+    """Return the processes of a session, the leader first."""
+    found = [leader]
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == leader and int(entry.name) != leader:
+            found.append(int(entry.name))
+    return found
+
+
+def wait_for(done: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not within {seconds:g} s")
+        time.sleep(0.2)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _signal(process: int, number: int) -> None:
+    try:
+        os.kill(process, number)
+    except ProcessLookupError:
+        return
+
+
+def _alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+Config = Mapping[str, Any]
