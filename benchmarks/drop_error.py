@@ -1,6 +1,6 @@
 """What dropping components loses on adapters that clients really trained: pairs, separate masks, random ones, and SVD.
 
-    OMP_NUM_THREADS=1 python benchmarks/drop_error.py [--seeds 0,1,2] [--rounds 4] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/drop_error.py [--seeds 0,1,2] [--rounds 3] [--json FILE]
 
 In the world of experiments/soft-tsfa/penalties.toml each penalty trains uncompressed for some rounds; the adapters of
 the next round's clients, before anything is dropped, are then coded by every codec at keep ratios 1/2 and 1/4.
@@ -99,7 +99,7 @@ def measured(penalty: str, seed: int, rounds: int, workshop: Workshop) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--penalties", default=",".join(PENALTIES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
