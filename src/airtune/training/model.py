@@ -88,7 +88,7 @@ class FederatedModel:
     network : the transformers model; only its LoRA parts and its head ever change.
     config : what is adapted. num_labels : classes, or None (causal language modelling).
     precision : "fp32"; "bf16": the base in bf16 and autocast, adapters in fp32; "fp64": all double, for checks.
-    device : where the network is. Adapters of the server stay on the CPU.
+    device : where the network is; the server's adapters stay on the CPU.
     shape : sizes of the adapter at the configured rank.
     transposed : whether the adapted weights are stored as [in, out] (GPT-2).
     prefix : stored activations of the layers in which only the frozen base acts; None: all layers are always run.
@@ -145,9 +145,7 @@ class FederatedModel:
     def cache_prefix(self, limit: float | None) -> None:
         """Keep activations of untouched lowest layers in at most `limit` bytes, or none at all; what was kept is lost.
 
-        Raises
-        ------
-        InputError : the network has no plain list of layers.
+        Raises InputError if the network has no plain list of layers.
         """
         self.prefix = None if limit is None else FrozenPrefix(self.network, self.config_json, limit)
 

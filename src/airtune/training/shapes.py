@@ -6,13 +6,14 @@ checked: a test builds a random model of each and compares. A family that is not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from airtune.devices.latency import module_position
 from airtune.errors import InputError, unknown_name
 from airtune.lora import AdapterShape, SlotShape, lora_scaling
+from airtune.training.families import FAMILY_TABLE, ConfigJson, Family, family_of, number, width
 from airtune.training.gates import check_experts, expert_name, gate_sizes, is_gate
 
 Task = Literal["sequence-classification", "causal-lm"]
@@ -20,8 +21,6 @@ AdapterKind = Literal["lora", "rslora", "dora", "msp-lora", "beam-lora", "mole",
 TASKS: tuple[Task, ...] = ("sequence-classification", "causal-lm")
 ADAPTER_KINDS: tuple[AdapterKind, ...] = ("lora", "rslora", "dora", "msp-lora", "beam-lora", "mole", "bottleneck")
 LEVELS = 3  # of msp-lora: all layers, a group of layers, one layer
-ConfigJson = Mapping[str, Any]
-Sizes = dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -99,131 +98,7 @@ class LinearLayer:
     layer: int
 
 
-@dataclass(frozen=True)
-class _Family:
-    """Where one transformer family keeps its linear layers and its classifier.
-
-    layers : name of layer {i} in the model with its head. sizes : name inside a layer -> (in, out).
-    head : (width, classes) -> name -> shape. pooler : its module, if it has one. depth : key of the number of layers.
-    """
-
-    layers: str
-    sizes: Callable[[ConfigJson], Sizes]
-    targets: tuple[str, ...]
-    head: Callable[[ConfigJson, int], dict[str, tuple[int, ...]]]
-    depth: str = "num_hidden_layers"
-    pooler: str | None = None
-    causal: bool = False
-
-
-def _number(config: ConfigJson, key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"model.name: config.json has no usable {key!r} (found {value!r})")
-    return value
-
-
-def _width(config: ConfigJson) -> int:
-    return _number(config, next((key for key in ("hidden_size", "n_embd", "dim") if key in config), "hidden_size"))
-
-
-def _encoder_sizes(query: str, key: str, value: str, output: str) -> Callable[[ConfigJson], Sizes]:
-    def sizes(config: ConfigJson) -> Sizes:
-        h, m = _width(config), _number(config, "intermediate_size")
-        attention: Sizes = {name: (h, h) for name in (query, key, value, output)}
-        return {**attention, "intermediate.dense": (h, m), "output.dense": (m, h)}
-
-    return sizes
-
-
-_bert_sizes = _encoder_sizes(
-    "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"
-)
-_mpnet_sizes = _encoder_sizes("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o")
-
-
-def _distilbert_sizes(config: ConfigJson) -> Sizes:
-    h, m = _width(config), _number(config, "hidden_dim")
-    attention: Sizes = {f"attention.{name}_lin": (h, h) for name in ("q", "k", "v", "out")}
-    return {**attention, "ffn.lin1": (h, m), "ffn.lin2": (m, h)}
-
-
-def _llama_sizes(config: ConfigJson) -> Sizes:
-    h, m, heads = _width(config), _number(config, "intermediate_size"), _number(config, "num_attention_heads")
-    key_heads = _number(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads
-    head = _number(config, "head_dim") if config.get("head_dim") else h // heads
-    return {
-        "self_attn.q_proj": (h, heads * head),
-        "self_attn.k_proj": (h, key_heads * head),
-        "self_attn.v_proj": (h, key_heads * head),
-        "self_attn.o_proj": (heads * head, h),
-        "mlp.gate_proj": (h, m),
-        "mlp.up_proj": (h, m),
-        "mlp.down_proj": (m, h),
-    }
-
-
-def _gpt2_sizes(config: ConfigJson) -> Sizes:
-    h = _width(config)
-    m = _number(config, "n_inner") if config.get("n_inner") else 4 * h
-    return {"attn.c_attn": (h, 3 * h), "attn.c_proj": (h, h), "mlp.c_fc": (h, m), "mlp.c_proj": (m, h)}
-
-
-def _neox_sizes(config: ConfigJson) -> Sizes:
-    h, m = _width(config), _number(config, "intermediate_size")
-    return {
-        "attention.query_key_value": (h, 3 * h),
-        "attention.dense": (h, h),
-        "mlp.dense_h_to_4h": (h, m),
-        "mlp.dense_4h_to_h": (m, h),
-    }
-
-
-def _dense_head(config: ConfigJson, classes: int) -> dict[str, tuple[int, ...]]:
-    return {"classifier.weight": (classes, _width(config)), "classifier.bias": (classes,)}
-
-
-def _two_layer_head(config: ConfigJson, classes: int) -> dict[str, tuple[int, ...]]:
-    h = _width(config)
-    return {
-        "classifier.dense.weight": (h, h),
-        "classifier.dense.bias": (h,),
-        "classifier.out_proj.weight": (classes, h),
-        "classifier.out_proj.bias": (classes,),
-    }
-
-
-def _distilbert_head(config: ConfigJson, classes: int) -> dict[str, tuple[int, ...]]:
-    h = _width(config)
-    return {
-        "pre_classifier.weight": (h, h),
-        "pre_classifier.bias": (h,),
-        "classifier.weight": (classes, h),
-        "classifier.bias": (classes,),
-    }
-
-
-def _score_head(config: ConfigJson, classes: int) -> dict[str, tuple[int, ...]]:
-    return {"score.weight": (classes, _width(config))}
-
-
-_BERT = ("query", "value")
-_LLAMA = _Family("model.layers.{}", _llama_sizes, ("q_proj", "v_proj"), _score_head, causal=True)
-_FAMILIES: Mapping[str, _Family] = {
-    "bert": _Family("bert.encoder.layer.{}", _bert_sizes, _BERT, _dense_head, pooler="bert.pooler.dense"),
-    "roberta": _Family("roberta.encoder.layer.{}", _bert_sizes, _BERT, _two_layer_head),
-    "xlm-roberta": _Family("roberta.encoder.layer.{}", _bert_sizes, _BERT, _two_layer_head),
-    "camembert": _Family("roberta.encoder.layer.{}", _bert_sizes, _BERT, _two_layer_head),
-    "electra": _Family("electra.encoder.layer.{}", _bert_sizes, _BERT, _two_layer_head),
-    "mpnet": _Family("mpnet.encoder.layer.{}", _mpnet_sizes, ("attn.q", "attn.v"), _two_layer_head),
-    "distilbert": _Family(
-        "distilbert.transformer.layer.{}", _distilbert_sizes, ("q_lin", "v_lin"), _distilbert_head, depth="n_layers"
-    ),
-    "gpt2": _Family("transformer.h.{}", _gpt2_sizes, ("c_attn",), _score_head, depth="n_layer", causal=True),
-    "gpt_neox": _Family("gpt_neox.layers.{}", _neox_sizes, ("query_key_value",), _score_head, causal=True),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _LLAMA),
-}
-FAMILIES: tuple[str, ...] = tuple(sorted(_FAMILIES))
+FAMILIES: tuple[str, ...] = tuple(sorted(FAMILY_TABLE))
 
 
 def linear_layers(config_json: ConfigJson) -> tuple[LinearLayer, ...]:
@@ -237,11 +112,11 @@ def linear_layers(config_json: ConfigJson) -> tuple[LinearLayer, ...]:
     ------
     InputError : the family is not known, or a size is missing.
     """
-    family = _family(config_json)
+    family = family_of(config_json)
     sizes = family.sizes(config_json)
     return tuple(
         LinearLayer(f"{family.layers.format(layer)}.{name}", *size, layer=layer)
-        for layer in range(_number(config_json, family.depth))
+        for layer in range(number(config_json, family.depth))
         for name, size in sizes.items()
     )
 
@@ -263,13 +138,13 @@ def adapter_shape(
     ------
     InputError : unknown family, no layer matches a target, a rank exceeds its layer, or the task does not fit.
     """
-    family = _family(config_json)
+    family = family_of(config_json)
     if model.task == "causal-lm" and not family.causal:
         raise InputError(
             f"model.task: {config_json.get('model_type')!r} is an encoder and has no causal language modelling head; "
             "valid: sequence-classification"
         )
-    depth = _number(config_json, family.depth)
+    depth = number(config_json, family.depth)
     if model.top_layers is not None and model.top_layers > depth:
         raise InputError(f"model.top_layers: {model.top_layers} is more than the model has; valid: 1 to {depth}")
     lowest = 0 if model.top_layers is None else depth - model.top_layers
@@ -295,7 +170,7 @@ def adapter_shape(
 
 def stack_name(config_json: ConfigJson) -> str:
     """Return the name of the list that holds the transformer's layers, in the model with its head."""
-    return _family(config_json).layers.removesuffix(".{}")
+    return family_of(config_json).layers.removesuffix(".{}")
 
 
 _GAIN = ".gain"
@@ -318,19 +193,12 @@ def in_head(name: str) -> bool:
 
 def saved_modules(config_json: ConfigJson, extras: Collection[str]) -> tuple[str, ...]:
     """Return the modules of the head that hold these extras, as PEFT's `modules_to_save` names them."""
-    pooler = _family(config_json).pooler
+    pooler = family_of(config_json).pooler
     inside = {name.rpartition(".")[0] for name in extras if in_head(name)}
     return tuple(sorted({name if name == pooler else name.partition(".")[0] for name in inside}))
 
 
-def _family(config_json: ConfigJson) -> _Family:
-    name = str(config_json.get("model_type"))
-    if name not in _FAMILIES:
-        raise unknown_name("model.name: model_type of config.json", name, FAMILIES)
-    return _FAMILIES[name]
-
-
-def _usual_targets(family: _Family, layers: Sequence[LinearLayer], model: ModelConfig) -> tuple[str, ...]:
+def _usual_targets(family: Family, layers: Sequence[LinearLayer], model: ModelConfig) -> tuple[str, ...]:
     """Return the family's query and value, or what a bottleneck stands behind: the attention's output projection."""
     if model.adapter != "bottleneck":
         return family.targets
@@ -416,7 +284,7 @@ def placement_of(shape: AdapterShape) -> dict[str, tuple[str, ...]]:
 
 
 def _head(config_json: ConfigJson, model: ModelConfig, num_labels: int | None) -> dict[str, tuple[int, ...]]:
-    family = _family(config_json)
+    family = family_of(config_json)
     if model.train_pooler and (family.pooler is None or model.task == "causal-lm"):
         raise InputError(
             f"model.train_pooler: a {config_json.get('model_type')!r} model for {model.task} has no pooler"
@@ -427,6 +295,6 @@ def _head(config_json: ConfigJson, model: ModelConfig, num_labels: int | None) -
         raise InputError(f"data: sequence classification needs at least 2 classes, found {num_labels}")
     extras = family.head(config_json, num_labels)
     if model.train_pooler:
-        h = _width(config_json)
+        h = width(config_json)
         extras = {f"{family.pooler}.weight": (h, h), f"{family.pooler}.bias": (h,), **extras}
     return extras
