@@ -144,7 +144,8 @@ def build(experiment: Experiment, workshop: Workshop) -> Bench:
     start = ServerModel(federated.initial_adapter(experiment.seed, _ranks(experiment, federated)))
     sizes = prepared(experiment.method, start).adapter.shape
     cell = cell_of(experiment, _costs(experiment, federated, sizes, tokens.train, clients))
-    trainer = _spread(experiment, LocalTrainer(federated, tokens.train, clients, experiment.seed))
+    experiment, local = _trainer(experiment, federated, tokens.train, clients)
+    trainer = _spread(experiment, local)
     causal = experiment.model.task == "causal-lm"
     return Bench(
         experiment=experiment,
@@ -176,6 +177,22 @@ def _spread(experiment: Experiment, trainer: Trainer) -> Trainer:
         make = partial(worker_trainer, experiment.plain(), experiment.label)
         return RayTrainer(make, engine.workers, engine.group_size)
     return trainer if engine.group_size is None else GroupedTrainer(trainer, engine.group_size)
+
+
+def _trainer(
+    experiment: Experiment, federated: FederatedModel, train: TokenizedData, clients: list[Indices]
+) -> tuple[Experiment, Trainer]:
+    """Return what trains the clients, and the experiment with the choices that it made."""
+    engine = experiment.engine
+    if engine.engine == "twin":
+        return experiment, LocalTrainer(federated, train, clients, experiment.seed)
+    from airtune.training.cohort.trainer import CohortTrainer
+
+    budget = None if engine.memory_budget is None else int(engine.memory_budget)
+    made = CohortTrainer(federated, train, clients, experiment.seed, budget, engine.micro_batch_tokens)
+    made.check(experiment.training)
+    chosen = replace(engine, memory_budget=float(made.budget), micro_batch_tokens=made.micro_batch_tokens)
+    return replace(experiment, engine=chosen), made
 
 
 def _partition(experiment: Experiment, train: TokenizedData) -> list[Indices]:

@@ -102,7 +102,11 @@ class Engine:
     ----------
     precision : "fp32" (reproducible), "bf16" (where the hardware has it) or "fp64" (checks).
     device : "cpu", "cuda" or "cuda:N".
-    engine : "twin": one client after the other, the readable way.
+    engine : "twin": one client after the other, the readable way. "cohort": all clients of a round together, the same
+        numbers up to rounding (`airtune.training.cohort`); what it cannot serve it refuses.
+    memory_budget : bytes for activations and adapters of the cohort engine; None: half of what is free at the start.
+    micro_batch_tokens : most token places, padding included, that the cohort engine sends through the network at once;
+        None: what the budget allows, on a CPU at most 2048 [our choice].
     threads : of torch; None: as many as this process may use, with `workers` one each.
     workers : Ray workers that train the clients, one CPU and one base model each; None: this process trains them.
     group_size : most clients that are trained together; None: the whole cohort, with `workers` 8 [our choice].
@@ -112,11 +116,13 @@ class Engine:
 
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     device: str = "cpu"
-    engine: Literal["twin"] = "twin"
+    engine: Literal["twin", "cohort"] = "twin"
     threads: int | None = None
     workers: int | None = None
     group_size: int | None = None
     prefix_cache: float | None = field(default=None, metadata={"unit": "B"})
+    memory_budget: float | None = field(default=None, metadata={"unit": "B"})
+    micro_batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -125,6 +131,10 @@ class Engine:
                 raise InputError(f"{name}: {getattr(self, name)} is below 1")
         if self.prefix_cache is not None and not 0.0 < self.prefix_cache < math.inf:
             raise InputError(f"prefix_cache: {self.prefix_cache:g} B is not possible; valid: a positive size, or none")
+        if self.memory_budget is not None and not 1.0 <= self.memory_budget < math.inf:
+            raise InputError(f"memory_budget: {self.memory_budget:g} B is no size; valid: a positive one, or none")
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
+            raise InputError(f"micro_batch_tokens: {self.micro_batch_tokens} is below 1")
 
 
 @dataclass(frozen=True)

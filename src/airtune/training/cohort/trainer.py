@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from airtune.errors import InputError
 from airtune.training.cohort.batches import Indices, Packing
 from airtune.training.cohort.block import Block, Work
-from airtune.training.cohort.members import Member, grouped, members_of
+from airtune.training.cohort.members import Member, check_training, grouped, members_of
 from airtune.training.cohort.memory import STATE_SHARE, automatic_budget, block_clients, bytes_per_token
 from airtune.training.cohort.network import check_model
 from airtune.training.data import TokenizedData
 from airtune.training.local import LocalTrainer
 from airtune.training.model import FederatedModel
-from airtune.types import Trained, TrainingJob
+from airtune.types import LocalTraining, Trained, TrainingJob
 
 CPU_TOKENS = 2048  # of a micro-batch: beyond that a CPU gains nothing
 LAUNCH_TOKENS = {"cpu": 64, "cuda": 2048}  # what a pass costs beside its work, in token places
@@ -64,7 +64,22 @@ class CohortTrainer:
         most = self._affordable_tokens()
         if self.micro_batch_tokens is None:
             wanted = most if self.model.device.type == "cuda" else min(most, CPU_TOKENS)
-            object.__setattr__(self, "micro_batch_tokens", max(wanted, 1))
+            object.__setattr__(self, "micro_batch_tokens", wanted)
+        elif self.micro_batch_tokens > most:
+            raise InputError(
+                f"training.micro_batch_tokens: {self.micro_batch_tokens} do not fit training.memory_budget "
+                f"{self.budget}; valid: at most {most}"
+            )
+
+    @property
+    def budget(self) -> int:
+        """Return the memory budget, bytes."""
+        assert self.memory_budget is not None
+        return self.memory_budget
+
+    def check(self, training: LocalTraining) -> None:
+        """Raise InputError if the engine cannot train so."""
+        check_training(training)
 
     @property
     def packing(self) -> Packing:
@@ -90,13 +105,11 @@ class CohortTrainer:
         return [results[place] for place in range(len(jobs))]
 
     def _blocks(self, group: Sequence[Member]) -> list[Sequence[Member]]:
-        assert self.memory_budget is not None
         width = max(_values(member) for member in {id(m.trained): m for m in group}.values())
-        size = block_clients(self.memory_budget, width, self.model.dtype.itemsize)
+        size = block_clients(self.budget, width, self.model.dtype.itemsize)
         return [group[start : start + size] for start in range(0, len(group), size)]
 
     def _affordable_tokens(self) -> int:
-        assert self.memory_budget is not None
         length = max(int(self.tokens.lengths.max(initial=1)), 1)
         each = bytes_per_token(
             self.model.config_json,
@@ -104,10 +117,10 @@ class CohortTrainer:
             value_bytes=2 if self.model.precision == "bf16" else self.model.dtype.itemsize,
             causal=self.tokens.task == "causal-lm",
         )
-        most = int((1.0 - STATE_SHARE) * self.memory_budget / each)
+        most = int((1.0 - STATE_SHARE) * self.budget / each)
         if most < length:
             raise InputError(
-                f"training.memory_budget: {self.memory_budget} bytes do not hold one example of {length} tokens, which "
+                f"training.memory_budget: {self.budget} bytes do not hold one example of {length} tokens, which "
                 f"takes about {length * each / (1.0 - STATE_SHARE):.0f}"
             )
         return most
