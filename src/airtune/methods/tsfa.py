@@ -24,6 +24,7 @@ from airtune.scheduling.work import LocalWork, Slices
 from airtune.solvers.solution import Solution
 from airtune.solvers.structural_rank import structural_rank
 from airtune.types import (
+    ClientTask,
     Compressor,
     Fleet,
     Floats,
@@ -84,6 +85,8 @@ class TSFA:
     candidate_ranks : ranks to choose from, at most [model].rank; empty: powers of two up to it, and itself.
     rate_quantile : plan with the rate that the true one falls below with this probability; None: with the estimate.
     error_variance : of the channel estimates, assumed for `rate_quantile`, as in [wireless.knowledge].
+    outage_after : a client that, alone in the whole band, would upload one component for more than so many limits is
+        left out of the round (those without any link always are); None: nobody is.
     orthogonality_weight, orthogonality : the penalty, see `SoftLoRA`.
     weights : "examples" or "uniform".
     cohort_size : clients drawn each round; None: everyone.
@@ -99,6 +102,7 @@ class TSFA:
     candidate_ranks: tuple[int, ...] = ()
     rate_quantile: float | None = None
     error_variance: float = 0.1
+    outage_after: float | None = None
     orthogonality_weight: float = 1e-2
     orthogonality: OrthogonalityForm = "cosine"
     weights: Weights = "examples"
@@ -126,6 +130,8 @@ class TSFA:
         _check("candidate_ranks", ranks, all(r >= 1 for r in ranks) and list(ranks) == sorted({*ranks}), "increasing")
         _check("rate_quantile", quantile, quantile is None or 0.0 < quantile < 1.0, "above 0, below 1")
         _check("error_variance", self.error_variance, 0.0 <= self.error_variance <= 1.0, "0 to 1")
+        out = self.outage_after
+        _check("outage_after", out, out is None or 0.0 < out < math.inf, "above 0")
         if self.queues not in ("round", "client"):
             raise unknown_name("method.queues", self.queues, ("round", "client"))
         if self.error_model not in ("profile", "quadratic", "linear"):
@@ -166,17 +172,17 @@ class TSFA:
             return Plan((Group(()),), notes)
         gain = self._planned_gain(state, seen)
         tasks = make_tasks(cohort.clients, [slices] * len(cohort.clients), seen, work, cohort.probability.tolist())
-        options = Choices.of(tasks, rank, seen, gain)
-        limit = self._limit(state, options)
+        options, limit, outage = self._reached(state, tasks, rank, seen, gain)
+        notes |= outage
         if state.rounds == 0:
             _check_possible(options, limit)
-        weights = planned_clients(cohort.clients, self._fleet_weights(seen.fleet))
-        found = self._solve(state, options, limit, cohort.clients, weights)
+        weights = planned_clients(options.clients, self._fleet_weights(seen.fleet))
+        found = self._solve(state, options, limit, options.clients, weights)
         if not found.ok:
             raise NoResultError(f"method: tsfa: {found.message}")
         planned = options.planned(found.value["choice"], found.value["bandwidth"])
         notes |= self._notes(state, options, found, limit, weights)
-        notes |= self._offline_notes(state, cohort.clients, seen, work, gain, limit)
+        notes |= self._offline_notes(state, options.clients, seen, work, gain, limit)
         if self.rate_quantile is not None:
             notes["estimated_gain"] = seen.links.uplink_gain.tolist()
         return Plan((Group(planned),), notes)
@@ -234,6 +240,22 @@ class TSFA:
         scale = self.error_weight * limit**2
         start = None if pilot or math.isnan(state.latency) else state.latency
         return options.solve(scale * weights[:, None] * errors, queue, start)
+
+    def _reached(
+        self, state: LatencyControl, tasks: Sequence[ClientTask], rank: int, seen: Observation, gain: Floats
+    ) -> tuple[Choices, float, dict[str, Any]]:
+        """Return the choices of those who are not in outage, the limit in s, and a note of who is."""
+        options = Choices.of(tasks, rank, seen, gain)
+        limit = self._limit(state, options)
+        if self.outage_after is None:
+            return options, limit, {}
+        upload = options.alone() - options.compute_seconds
+        longest = max(self.outage_after * limit, float(upload.min()))  # somebody must send
+        out = options.clients[upload > longest]
+        if not len(out):
+            return options, limit, {}
+        kept = [task for task in tasks if task.client not in out]
+        return Choices.of(kept, rank, seen, gain), limit, {"outage": out.tolist()}
 
     def _limit(self, state: LatencyControl, options: Choices) -> float:
         """Return the limit in s: the user's, that of round 1, or the one that round 1 sets."""

@@ -75,22 +75,29 @@ class Choices:
             return float((self.compute_seconds + bits / self.rates).max())
         return self._finish(bits).objective
 
+    @property
+    def clients(self) -> Ints:
+        """Return the clients, [n]."""
+        return np.array([task.client for task in self.tasks], dtype=np.int64)
+
+    def alone(self) -> Floats:
+        """Return the seconds [n], without download, that the least choice takes a client alone in the whole band."""
+        if self.rates is None:
+            return self._uploads(0).finish(self.bandwidth)
+        with np.errstate(divide="ignore"):
+            return self.compute_seconds + self.bits[0] / self.rates
+
     def shortfall(self, limit: float) -> str:
         """Return which clients make a round within `limit` (s, without download) impossible, where it is.
 
         First those that could not meet it with the whole band to themselves; else those that need more than an equal
         share of it.
         """
-        uploads = self._uploads(0)
-        if self.rates is not None:
-            alone = self.compute_seconds + self.bits[0] / self.rates > limit
-        else:
-            alone = uploads.finish(self.bandwidth) > limit
-        clients = np.array([task.client for task in self.tasks])
-        if alone.any():
-            return f"{_named(clients[alone])} cannot send one component in time even alone in the band"
-        wide = uploads.needed(limit) > self.bandwidth / len(self.tasks)
-        return f"one component from everybody does not fit the band; {_named(clients[wide])} need most of it"
+        late = self.alone() > limit
+        if late.any():
+            return f"{_named(self.clients[late])} cannot send one component in time even alone in the band"
+        wide = self._uploads(0).needed(limit) > self.bandwidth / len(self.tasks)
+        return f"one component from everybody does not fit the band; {_named(self.clients[wide])} need most of it"
 
     def solve(self, errors: Floats, queue: Floats, start: float | None) -> Solution:
         """Return {"choice" [n], "bandwidth" [n] Hz, "latency" s} for weighted errors [n, rank] and the queues.
