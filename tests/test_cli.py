@@ -333,24 +333,38 @@ def test_an_interruption_is_exit_code_130_and_says_how_to_go_on(file: Path, tmp_
     assert [line["round"] for line in lines_of(out)] == list(range(last + 2))
 
 
-def test_an_interrupted_comparison_names_the_run_that_can_go_on(
+def test_an_interrupted_comparison_goes_on_and_is_that_of_no_interruption(
     file: Path, tmp_path: Path, airtune: Airtune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from airtune.experiment import build
 
+    honest = build.evaluate
+
     calls: list[int] = []
 
-    def evaluate(*_: object, **__: object) -> dict[str, float]:
+    def evaluate(*given: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == 5:  # two rounds and round 0 of the first run, then round 1 of the second
             raise KeyboardInterrupt
-        return {"accuracy": 0.5, "loss": 0.7}
+        return honest(*given, **named)
 
     monkeypatch.setattr(build, "evaluate", evaluate)
-    done = airtune("compare", file, "--methods", "fedit,slow", "--out", tmp_path / "out")
+    out = tmp_path / "out"
+    argv = ("compare", file, "--methods", "fedit,slow", "--seeds", "0,1", "--target", "0.4")
+    done = airtune(*argv, "--out", out)
     assert done.code == 130
-    last = tmp_path / "out" / "runs" / "slow-0"
-    assert done.err.splitlines()[-1] == f"airtune: interrupted; to go on: airtune run --resume {last}"
+    assert done.err.splitlines()[-1] == f"airtune: interrupted; to go on: airtune compare --resume {out}"
+    kept = (out / "runs" / "fedit-0" / "run.json").stat().st_mtime_ns
+    assert airtune("compare", file, "--resume", out).line.startswith("airtune: --resume: takes no experiment")
+    assert airtune("compare", "--resume", out, "--seeds", "0").line.startswith("airtune: --resume: takes no --seeds")
+    assert airtune("compare", "--resume", out / "runs").line.startswith("airtune: --resume:")
+    assert airtune("compare", "--resume", out).code == 0
+    assert (out / "runs" / "fedit-0" / "run.json").stat().st_mtime_ns == kept, "a finished run is not touched"
+    assert airtune(*argv, "--out", tmp_path / "whole").code == 0
+    for run in (out / "runs").iterdir():
+        assert (run / "rounds.jsonl").read_bytes() == (tmp_path / "whole/runs" / run.name / "rounds.jsonl").read_bytes()
+    found, whole = (json.loads((folder / "compare.json").read_text()) for folder in (out, tmp_path / "whole"))
+    assert found == whole
 
 
 def test_without_plotly_a_run_is_done_all_the_same(

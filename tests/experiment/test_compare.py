@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from airtune.errors import InputError, NoResultError
 from airtune.experiment import compare as comparing
 from airtune.experiment.build import Workshop
-from airtune.experiment.compare import Comparison, compare
+from airtune.experiment.compare import Comparison, compare, go_on, read_comparison
 from airtune.experiment.config import read_file
 from airtune.experiment.run import Session
 from airtune.experiment.sweep import combinations, parse_settings
@@ -169,6 +170,29 @@ def test_a_diverging_value_is_not_chosen(
     made = replace(made, out=tmp_path / "again", tune={"training.learning_rate": ("1.0",)})
     with pytest.raises(NoResultError, match="--tune: fedit"):
         compare(made, session)
+
+
+@pytest.mark.parametrize("moment", ["before the checkpoint", "before the end"])
+def test_a_comparison_goes_on_after_a_crash_at_any_moment(
+    file: Path, session: Session, tmp_path: Path, moment: str
+) -> None:
+    made = comparison(file, tmp_path / "out", tune={"training.learning_rate": ("1e-3", "5e-3")})
+    first = compare(made, session)
+    folder = tmp_path / "out" / "runs" / "legend-0"
+    before = {name: (folder / name).read_bytes() for name in ("rounds.jsonl", "run.json")}
+    head = {**head_of(folder), "status": "running", "final": {}, "export": None}
+    (folder / "run.json").write_text(json.dumps(head))
+    if moment == "before the checkpoint":
+        for path in sorted(folder.rglob("*"), reverse=True):
+            if path.name != "run.json":
+                path.rmdir() if path.is_dir() else path.unlink()
+    again = read_comparison(tmp_path / "out")
+    assert again == made
+    second = go_on(again, session)
+    assert (second.folders, second.failed, second.tuned) == (first.folders, {}, first.tuned)
+    assert (folder / "rounds.jsonl").read_bytes() == before["rounds.jsonl"]
+    assert head_of(folder)["final"] == json.loads(before["run.json"])["final"]
+    assert (folder / "adapter" / "adapter_config.json").is_file()
 
 
 def test_settings_of_sweeps() -> None:

@@ -18,9 +18,23 @@ from tiny_experiment import lines_of, write_experiment
 
 def test_rounds_to_the_common_loss_are_interpolated() -> None:
     fast, slow = np.array([1.0, 0.5, 0.25, 0.1]), np.array([1.0, 0.8, 0.6, 0.4])
-    level, needed = rounds_to_common_loss([fast, slow], window=1)
+    level, needed = rounds_to_common_loss([fast, slow], window=1, levels=(1.0,))
     assert level == 0.4
     np.testing.assert_allclose(needed, [1.4, 3.0])
+
+
+def test_several_levels_find_the_ratio_of_speeds_that_noise_hides_from_one() -> None:
+    """Curves of one shape at speeds 1, 2/3 and 1/3 under noise: the error of the ratios, one level against five."""
+    time, speeds, rng = np.arange(25.0), np.array([1.0, 2 / 3, 1 / 3]), np.random.default_rng(0)
+    errors: dict[int, list[float]] = {1: [], 5: []}
+    for _ in range(50):
+        curves = [np.exp(-0.1 * speed * time) + rng.normal(0.0, 0.02, len(time)) for speed in speeds]
+        for count, levels in ((1, (1.0,)), (5, pilots.LEVELS)):
+            needed = rounds_to_common_loss(curves, levels=levels)[1]
+            errors[count].append(float(np.abs(np.log(needed[1:] / needed[0] * speeds[1:])).mean()))
+    assert np.mean(errors[5]) < 0.7 * np.mean(errors[1])
+    exact = rounds_to_common_loss([np.exp(-0.1 * speed * np.linspace(0, 25, 2000)) for speed in speeds], window=1)[1]
+    np.testing.assert_allclose(exact[0] / exact, speeds, rtol=1e-3)
 
 
 def test_a_pilot_that_learns_nothing_is_no_result() -> None:
@@ -58,15 +72,17 @@ def test_the_rounds_of_real_pilots_become_constants(tmp_path: Path, monkeypatch:
     assert found.constants.form == "V+S"
     assert found.constants.alpha == pytest.approx(7.0)
     assert found.constants.beta == pytest.approx(2.0)
-    assert len(found.constants.gradient_norms) in (0, 6)
+    assert len(found.constants.gradient_norms) == len(found.constants.gradient_noise) == 6
     stored = json.loads((tmp_path / "pilots" / "pilot.json").read_text())
     assert stored["usable"] is True
     assert stored["constants"]["alpha"] == found.constants.alpha
     cohorts = [len(line["cohort"]) for line in lines_of(tmp_path / "pilots" / "pilot-0") if line["round"]]
     assert cohorts == [6, 6]
-    table = {**stored["constants"], "gradient_norms": stored["constants"]["gradient_norms"]}
-    again = read_file(tmp_path / "task" / "tiny.toml").experiment("adaptive-sampling", method__constants=table)
-    assert again.method.constants == found.constants
+    again = read_file(tmp_path / "task" / "tiny.toml")
+    path = str(tmp_path / "pilots" / "pilot.json")
+    assert again.experiment("adaptive-sampling", method__constants=path).method.constants == found.constants
+    other = again.experiment("adaptive-sampling", seed=1, method__constants=path).method.constants
+    assert (other.alpha, other.gradient_norms) == (found.constants.alpha, ()), "other clients have other gradients"
 
 
 def test_other_methods_have_no_pilots(tmp_path: Path) -> None:

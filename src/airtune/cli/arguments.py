@@ -158,23 +158,26 @@ def _run(commands: Any) -> None:
 
 def _compare(commands: Any) -> None:
     parser = _add(commands, "compare", "running.compare", "run several methods in one world", overrides=True)
-    parser.add_argument("experiment", metavar="EXPERIMENT.toml")
+    parser.add_argument("experiment", nargs="?", metavar="EXPERIMENT.toml")
     parser.add_argument("--methods", metavar="A,B,...", help="methods and variants; the first is the reference")
     parser.add_argument("--seeds", metavar="0,1,...", help="(default: the file's seed)")
     parser.add_argument("--target", metavar="X", help="of the metric (default: the worst run's best value)")
     parser.add_argument("--tune", action="append", default=[], metavar="FIELD=v1,v2", help="choose on validation rows")
     parser.add_argument("--out", metavar="DIR", help="a new folder (default: runs/NAME-compare)")
+    parser.add_argument("--resume", metavar="DIR", help="go on with a comparison: finished runs are kept")
     parser.add_argument("--json", action="store_true", help="print compare.json at the end")
 
 
 def _plan(commands: Any) -> None:
-    summary = "predict seconds, bits and joules of a round, without training"
+    summary = "predict seconds, bits and joules of a round, without training unless --pilot"
     parser = _add(commands, "plan", "planning.plan", summary, overrides=True)
     parser.add_argument("experiment", metavar="EXPERIMENT.toml")
     parser.add_argument("--method", metavar="NAME", help="a method or a [variant.NAME] of the file")
     parser.add_argument("--methods", metavar="A,B,...", help="several of them")
     parser.add_argument("--seed", metavar="N", help="of the world")
     parser.add_argument("--sweep", action="append", default=[], metavar="FIELD=v1,v2", help="plan for each value")
+    parser.add_argument("--pilot", action="store_true", help="first fit adaptive-sampling's constants to short runs")
+    parser.add_argument("--pilot-rounds", metavar="N", help="of each pilot (default: 12)")
     parser.add_argument("--out", metavar="DIR", help="also write plan.json and plan.html into a new folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -93,9 +93,10 @@ def _resumable(folder: Path) -> Generator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        for path in (folder, *sorted((folder / "runs").glob("*")), *sorted((folder / "tune").glob("*"))):
-            if _is_interrupted(path):
-                raise KeyboardInterrupt(f"to go on: airtune run --resume {shlex.quote(str(path))}") from None
+        if _is_interrupted(folder):
+            raise KeyboardInterrupt(f"to go on: airtune run --resume {shlex.quote(str(folder))}") from None
+        if (folder / "comparison.json").is_file():
+            raise KeyboardInterrupt(f"to go on: airtune compare --resume {shlex.quote(str(folder))}") from None
         raise
 
 
@@ -121,26 +122,49 @@ def _display() -> Generator[Display]:
 def compare(arguments: Arguments) -> int:
     """Run several methods with several seeds, and write the comparison."""
     from airtune.experiment.build import Workshop
-    from airtune.experiment.compare import Comparison
     from airtune.experiment.compare import compare as run_all
+    from airtune.experiment.compare import go_on
     from airtune.experiment.run import Session
 
+    resumed = arguments.resume is not None
+    comparison = _interrupted(arguments) if resumed else _comparison(arguments)
+    source = None if resumed else Path(arguments.experiment)
+    with _resumable(comparison.out), _display() as display:
+        compared = (go_on if resumed else run_all)(comparison, Session(Workshop(), display, file=source))
+    _write_comparison(compared, comparison, comparison.target, print_json=arguments.json)
+    for folder, reason in compared.failed.items():
+        say(f"failed: {folder}: {' '.join(reason.split())}")
+    return NO_RESULT if compared.failed else 0
+
+
+def _comparison(arguments: Arguments) -> Comparison:
+    from airtune.experiment.compare import Comparison
+
+    if arguments.experiment is None:
+        raise InputError("EXPERIMENT.toml: is missing; valid: airtune compare EXPERIMENT.toml, or --resume DIR")
     file = experiment_file(arguments)
     default = (file.default_method(), *file.variants)
-    comparison = Comparison(
+    return Comparison(
         file=file,
         methods=listed(arguments.methods) if arguments.methods is not None else default,
         seeds=_seeds(arguments, file),
         tune=parse_settings(arguments.tune, "--tune"),
         out=Path(arguments.out) if arguments.out else Path("runs") / f"{file.name}-compare",
+        target=_target(arguments, file),
     )
-    target = _target(arguments, file)
-    with _resumable(comparison.out), _display() as display:
-        compared = run_all(comparison, Session(Workshop(), display, file=Path(arguments.experiment)))
-    _write_comparison(compared, comparison, target, print_json=arguments.json)
-    for folder, reason in compared.failed.items():
-        say(f"failed: {folder}: {' '.join(reason.split())}")
-    return NO_RESULT if compared.failed else 0
+
+
+def _interrupted(arguments: Arguments) -> Comparison:
+    from airtune.experiment.compare import read_comparison
+
+    names = ("experiment", "methods", "seeds", "target", "out")
+    given = [name for name in names if arguments.values.get(name) is not None]
+    given += ["tune"] if arguments.tune else []
+    other = [f"--{name}" for name in (*given, *arguments.overrides)]
+    if other:
+        what = "experiment" if given[:1] == ["experiment"] else other[0]
+        raise InputError(f"--resume: takes no {what}, the comparison keeps its configuration; valid: DIR alone")
+    return read_comparison(Path(arguments.resume))
 
 
 def _write_comparison(compared: Compared, comparison: Comparison, target: float | None, *, print_json: bool) -> None:

@@ -20,6 +20,7 @@ from airtune.training.data import DataConfig
 SAMPLE_ROWS = 512
 UNKNOWN_ROWS = 100  # examples a client where the data is not here
 UNKNOWN_CLASSES = 2
+EQUAL_SHARES = "examples are shared equally (a run draws the partition)"
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,8 @@ def data_file(data: DataConfig) -> Path | None:
 
 
 def _rows(data: DataConfig, clients: int) -> tuple[int, str]:
-    shared = "examples are shared equally (a run draws the partition)"
     if data.train_rows is not None:
-        return data.train_rows // clients, shared
+        return data.train_rows // clients, EQUAL_SHARES
     path = data_file(data)
     if path is None:
         return UNKNOWN_ROWS, f"the data is not here: {UNKNOWN_ROWS} examples a client"
@@ -66,7 +66,7 @@ def _rows(data: DataConfig, clients: int) -> tuple[int, str]:
         rows = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
     apart = data.test_file is not None or (data.name in names("data") and (path.parent / "test.jsonl").is_file())
     kept = rows if apart else round(rows * (1.0 - data.test_fraction))
-    return max(kept - data.validation_rows, 0) // clients, shared
+    return max(kept - data.validation_rows, 0) // clients, EQUAL_SHARES
 
 
 def _classes(experiment: Experiment) -> tuple[int | None, str]:

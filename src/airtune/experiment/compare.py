@@ -11,22 +11,31 @@ The rules, so that a reader can check them by hand:
 * ``--tune FIELD=v1,v2`` runs each method once for each value with the first seed, measured on validation rows (never on
   test rows), and keeps the value whose last evaluation is best. Fleet seconds are shared there as well. Validation
   rows are taken out of the training rows of all runs.
+
+An interrupted comparison goes on: what is compared stands in comparison.json, finished runs are kept, others go on from
+their checkpoints, and every run is what it would have been.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 from airtune.errors import InputError, NoResultError
+from airtune.experiment import checkpoint
 from airtune.experiment.config import Experiment, ExperimentFile
-from airtune.experiment.run import Session, start
+from airtune.experiment.run import Session, resume, start
 from airtune.experiment.sections import StopLimits
-from airtune.experiment.store import RunStore, make_output_folder
+from airtune.experiment.store import RUN_FILE, Plain, RunStore, make_output_folder, plain
 from airtune.experiment.sweep import Values, changes, combinations
+from airtune.files import write_atomically
 
+SCHEMA = 1
+COMPARISON_FILE = "comparison.json"
 RUNS_FOLDER = "runs"
 TUNE_FOLDER = "tune"
 LARGEST_VALIDATION = (
@@ -42,7 +51,7 @@ class Comparison:
     ----------
     file : the experiment. methods : names of methods or variants, the first is the reference. seeds : all of them.
     tune : dotted field -> values to try.
-    out : folder of the results.
+    out : folder of the results. target : of the metric, None: chosen afterwards.
     """
 
     file: ExperimentFile
@@ -50,6 +59,7 @@ class Comparison:
     seeds: tuple[int, ...]
     tune: Mapping[str, tuple[str, ...]]
     out: Path
+    target: float | None = None
 
     def __post_init__(self) -> None:
         """Give every method its one name; refuse empty lists, repetitions and overrides without an effect."""
@@ -101,13 +111,62 @@ def compare(comparison: Comparison, session: Session) -> Compared:
     """
     experiments = {method: _prepared(comparison, method, session) for method in comparison.methods}
     make_output_folder(comparison.out)
+    _write(comparison)
     try:
         return _compare(comparison, experiments, session)
     except InputError:
-        for folder in (comparison.out / TUNE_FOLDER, comparison.out / RUNS_FOLDER, comparison.out):
+        for folder in (comparison.out / TUNE_FOLDER, comparison.out / RUNS_FOLDER):
             with contextlib.suppress(OSError):  # it is not there, or not empty
                 folder.rmdir()
+        if {path.name for path in comparison.out.iterdir()} == {COMPARISON_FILE}:
+            (comparison.out / COMPARISON_FILE).unlink()
+            comparison.out.rmdir()
         raise
+
+
+def go_on(comparison: Comparison, session: Session) -> Compared:
+    """Finish an interrupted comparison, as `read_comparison` gives it; what failed is tried again from its checkpoint.
+
+    Errors as in `compare`.
+    """
+    experiments = {method: _prepared(comparison, method, session) for method in comparison.methods}
+    return _compare(comparison, experiments, session)
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Return what is compared in a folder of `compare`; one that is none raises InputError."""
+    path = folder / COMPARISON_FILE
+    try:
+        found: object = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        why = f"is not a comparison that can go on ({COMPARISON_FILE}: {error})"
+        raise InputError(f"--resume: {folder} {why}; valid: a DIR of `airtune compare`") from error
+    if not isinstance(found, dict) or cast("Plain", found).get("schema") != SCHEMA:
+        raise InputError(f"--resume: {path} is not of this version; valid: a DIR of `airtune compare`")
+    stored = cast("Plain", found)
+    return Comparison(
+        file=ExperimentFile(stored["name"], stored["tables"], stored["overrides"]),
+        methods=tuple(stored["methods"]),
+        seeds=tuple(stored["seeds"]),
+        tune={name: tuple(values) for name, values in stored["tune"].items()},
+        out=folder,
+        target=stored["target"],
+    )
+
+
+def _write(comparison: Comparison) -> None:
+    file = comparison.file
+    content: Plain = {
+        "schema": SCHEMA,
+        "name": file.name,
+        "tables": file.tables,
+        "overrides": file.overrides,
+        "methods": comparison.methods,
+        "seeds": comparison.seeds,
+        "tune": comparison.tune,
+        "target": comparison.target,
+    }
+    write_atomically(comparison.out / COMPARISON_FILE, (json.dumps(plain(content), indent=1) + "\n").encode())
 
 
 def _compare(comparison: Comparison, experiments: Mapping[str, Experiment], session: Session) -> Compared:
@@ -152,10 +211,24 @@ def _chosen(comparison: Comparison, base: Experiment, method: str, seed: int, va
 
 
 def _one(experiment: Experiment, folder: Path, session: Session, budget: _Budget) -> float | None:
-    """Run one experiment and return its last value of the metric."""
-    head = start(experiment, folder, session)
+    """Run one experiment, or what of it is missing, and return its last value of the metric."""
+    head = _head(experiment, folder, session)
     budget.spent(float(head["final"]["time_s"]))
     return head["final"].get(head["metric"])
+
+
+def _head(experiment: Experiment, folder: Path, session: Session) -> Plain:
+    """Return the final run.json: of the finished run that is there, of one that goes on, or of a new one."""
+    store = RunStore(folder)
+    if not (folder / RUN_FILE).is_file():
+        return start(experiment, folder, session)
+    head = store.read_head()
+    if head["status"] == "done":
+        return head
+    if not (store.checkpoint / checkpoint.FILE).is_file():  # a crash in its first moment
+        (folder / RUN_FILE).unlink()
+        return start(experiment, folder, session)
+    return resume(folder, {}, session, finish=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tune

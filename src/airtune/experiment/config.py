@@ -19,6 +19,7 @@ from airtune.experiment import kinds
 from airtune.experiment.combinations import check_combination
 from airtune.experiment.hints import Context, Plain
 from airtune.experiment.paths import absolute_overrides, absolute_paths
+from airtune.experiment.pilot_file import read_constants
 from airtune.experiment.schema import check_keys, read, read_dataclass, write_dataclass
 from airtune.experiment.sections import (
     Engine,
@@ -299,14 +300,15 @@ def _experiment(tables: Plain, label: str, name: str) -> Experiment:
     training, engine = read_merged((LocalTraining, Engine), tables.get("training", {}), "training")
     check_training(training)
     compressor = _compressor(tables.get("compressor"))
-    method_name, method = _method(tables["method"], training, compressor)
+    seed = _seed(tables.get("seed", 0))
+    method_name, method = _method(tables["method"], training, compressor, seed)
     data, partition = _data(tables.get("data", {}))
     model = read_dataclass(ModelConfig, tables.get("model", {}), "model")
     check_combination(model, method, method_name)
     return Experiment(
         name=name,
         label=label,
-        seed=_seed(tables.get("seed", 0)),
+        seed=seed,
         model=model,
         data=data,
         partition=partition,
@@ -342,9 +344,12 @@ def _compressor(value: Any) -> Plain | None:
     return {"type": cast("Plain", table)["type"], **write_dataclass(made, context)}
 
 
-def _method(value: Any, training: LocalTraining, compressor: Plain | None) -> tuple[str, Method[Any]]:
-    table = {"name": value} if isinstance(value, str) else dict(cast("Plain", value))
+def _method(value: Any, training: LocalTraining, compressor: Plain | None, seed: int) -> tuple[str, Method[Any]]:
+    table: Plain = {"name": value} if isinstance(value, str) else dict(cast("Plain", value))
     name = kinds.find_method(str(table.pop("name")), {})
+    constants = table.get("constants")
+    if isinstance(constants, str) and not constants.lstrip().startswith("{"):
+        table["constants"] = read_constants(constants, seed)
     made = read_dataclass(kinds.METHODS[name], table, "method", _context(training, compressor))
     check_training(getattr(made, "training", training), "method.training")
     return name, made

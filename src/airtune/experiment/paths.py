@@ -13,8 +13,9 @@ from typing import Any
 from airtune.experiment.hints import Plain
 from airtune.training.catalogue import looks_like_path, names
 
-FILE_TYPES = (".csv", ".jsonl", ".parquet", ".toml")
-FIELDS = ("model.name", "data.name", "data.test_file", "wireless.path")  # where a path may stand
+FILE_TYPES = (".csv", ".jsonl", ".parquet", ".toml", ".json")
+FIELDS = ("model.name", "data.name", "data.test_file", "wireless.path", "method.constants")  # where a path may stand
+VARIANT_FIELDS = ("constants",)  # of a variant itself: they are the method's
 
 
 def absolute_paths(tables: Plain, base: Path) -> Plain:
@@ -27,6 +28,10 @@ def absolute_paths(tables: Plain, base: Path) -> Plain:
             table = part.get(section) if isinstance(part, dict) else None
             if isinstance(table, dict) and key in table:
                 table[key] = absolute_path(table[key], base)
+    for variant in variants.values() if isinstance(variants, dict) else ():
+        for key in VARIANT_FIELDS:
+            if isinstance(variant, dict) and key in variant:
+                variant[key] = absolute_path(variant[key], base)
     fleet = changed.get("fleet")
     if isinstance(fleet, dict) and "devices" in fleet:
         fleet["devices"] = _devices(fleet["devices"], base)
@@ -35,7 +40,12 @@ def absolute_paths(tables: Plain, base: Path) -> Plain:
 
 def absolute_overrides(overrides: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """Return overrides (dotted name -> value) with relative paths made absolute."""
-    return {name: absolute_path(value, base) if name in FIELDS else value for name, value in overrides.items()}
+    return {name: absolute_path(value, base) if _may_be_path(name) else value for name, value in overrides.items()}
+
+
+def _may_be_path(name: str) -> bool:
+    section, _, field = name.partition(".")
+    return name in FIELDS or (section == "variant" and field.rpartition(".")[2] in VARIANT_FIELDS)
 
 
 def absolute_path(text: Any, base: Path) -> Any:

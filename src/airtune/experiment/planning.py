@@ -7,7 +7,7 @@ what a planner knows: the *estimated* channel (a run's clock uses the true one),
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from airtune.aggregation.declaring import reshaped
 from airtune.devices.latency import TransformerShape
 from airtune.errors import NoResultError
-from airtune.experiment.assumptions import Assumptions, assume
+from airtune.experiment.assumptions import EQUAL_SHARES, Assumptions, assume
 from airtune.experiment.config import Experiment
 from airtune.experiment.store import Plain, plain
 from airtune.experiment.world import cell_of, nominal_fleet
@@ -50,8 +50,12 @@ class PredictedTask:
         return self.download + self.compute + self.upload
 
 
-def plan_round(experiment: Experiment) -> Plain:
+def plan_round(experiment: Experiment, examples: Floats | None = None) -> Plain:
     """Return the plan of round 1 and its prediction, as ``airtune plan --json`` prints it.
+
+    Parameters
+    ----------
+    examples : [clients], where the partition is known (after pilots); None: equal shares.
 
     Raises
     ------
@@ -59,7 +63,9 @@ def plan_round(experiment: Experiment) -> Plain:
     NoResultError : the planner finds no plan.
     """
     assumed = assume(experiment)
-    cell, model = _world(experiment, assumed)
+    if examples is not None:
+        assumed = replace(assumed, notes=tuple(note for note in assumed.notes if note != EQUAL_SHARES))
+    cell, model = _world(experiment, assumed, examples)
     method, seed = experiment.method, experiment.seed
     seen = cell.observe(1, 0.0, Pending(), model)
     plan = method.plan(method.init(model, cell.fleet), seen, stream(seed, "plan", 1))
@@ -122,7 +128,7 @@ def _end(group: Group, tasks: list[PredictedTask]) -> float:
 # --------------------------------------------------------------------------------------------------------------- world
 
 
-def _world(experiment: Experiment, assumed: Assumptions) -> tuple[Cell, ServerModel]:
+def _world(experiment: Experiment, assumed: Assumptions, examples: Floats | None) -> tuple[Cell, ServerModel]:
     """Return the cell and a model of which only the sizes are real."""
     config = read_config(experiment.model.name)
     shape = adapter_shape(config, experiment.model, assumed.classes)
@@ -131,8 +137,9 @@ def _world(experiment: Experiment, assumed: Assumptions) -> tuple[Cell, ServerMo
         shape = adapter_shape(config, experiment.model, assumed.classes, ranks)
     shape = reshaped(experiment.method, shape)
     clients = experiment.fleet.clients
+    held = np.full(clients, assumed.examples) if examples is None else examples.astype(np.int64)
     costs = CostModel(
-        fleet=nominal_fleet(experiment.fleet, np.full(clients, assumed.examples)),
+        fleet=nominal_fleet(experiment.fleet, held),
         shape=shape,
         network=TransformerShape.from_config(config),
         tokens=np.full(clients, assumed.tokens),

@@ -122,13 +122,14 @@ def _check_first_plan(bench: Bench, environment: Environment, progress: Progress
     bench.experiment.method.plan(progress.state, seen, rng).check(seen)
 
 
-def resume(folder: Path, limits: Mapping[str, Any], session: Session) -> Plain:
+def resume(folder: Path, limits: Mapping[str, Any], session: Session, *, finish: bool = False) -> Plain:
     """Go on with a run from its checkpoint, bit for bit, and return the final run.json.
 
     Parameters
     ----------
     folder : of the run.
     limits : new values of some fields of [stop]; nothing else may change.
+    finish : a run whose rounds are all there (a crash hit its end) is exported, instead of refused.
 
     Raises
     ------
@@ -142,7 +143,7 @@ def resume(folder: Path, limits: Mapping[str, Any], session: Session) -> Plain:
     progress = checkpoint.load(store.checkpoint, fingerprint)
     bench = build(experiment, session.workshop)
     lines = store.keep_rounds(progress.round if progress.round else -1)
-    if lines:
+    if lines and not (finish and _is_over(bench, progress, lines[-1])):
         _check_not_over(bench, progress, lines[-1], folder)
         _forget_last_evaluation(store, lines, bench)
     config = {**head["config"], "stop": bench.experiment.plain()["stop"]}
@@ -330,9 +331,13 @@ def _with_limits(config: Any, limits: Mapping[str, Any]) -> Plain:
     return {**plain, "stop": {**plain.get("stop", {}), **limits}}
 
 
-def _check_not_over(bench: Bench, progress: Progress, last: Plain, folder: Path) -> None:
+def _is_over(bench: Bench, progress: Progress, last: Plain) -> bool:
     metrics = {name: float(last[name]) for name in (bench.metric,) if last.get(name) is not None}
-    if bench.stop.reached(progress, metrics):
+    return bench.stop.reached(progress, metrics)
+
+
+def _check_not_over(bench: Bench, progress: Progress, last: Plain, folder: Path) -> None:
+    if _is_over(bench, progress, last):
         raise InputError(
             f"--resume: the run in {folder} has reached its end (round {progress.round}); "
             f"valid: a later one, as in --stop.rounds {progress.round + 10}"
