@@ -13,7 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from airtune.deploy.flower.device import device_of
 from airtune.deploy.flower.options import ServerOptions
 
-Spoil = Callable[["Delivery"], "Message | list[Message] | None"]
+Spoil = Callable[["Delivery"], Any]  # a message, several, or None
 
 
 @dataclass

@@ -1,4 +1,8 @@
-"""The `ClientApp`: Flower's messages in, a `Device`'s answers out."""
+"""The `ClientApp`: Flower's messages in, a `Device`'s answers out.
+
+Where the node names a resident trainer (``device``), messages are passed on to it, and this process, which Flower
+starts for a single message, imports no torch and loads no model.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from airtune.clock import host_seconds
-from airtune.deploy.flower.device import device_of
+from airtune.deploy.device.relay import relay_of
 
 app = ClientApp()
 
@@ -15,6 +19,12 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """Train once, and answer with the coded update."""
     received_at = host_seconds()
+    relay = relay_of(context.run_config, context.node_config)
+    if relay is not None:
+        reply, context.state = relay.train(message.content, context.state, received_at)
+        return Message(reply, reply_to=message)
+    from airtune.deploy.flower.device import device_of
+
     device = device_of(context.run_config, context.node_config)
     return Message(device.train(message.content, context.state, received_at), reply_to=message)
 
@@ -22,6 +32,11 @@ def train(message: Message, context: Context) -> Message:
 @app.query("facts")
 def facts(message: Message, context: Context) -> Message:
     """Say who this is, and how fast."""
-    device = device_of(context.run_config, context.node_config)
     measure = bool(message.content.config_records["query"]["measure"])
+    relay = relay_of(context.run_config, context.node_config)
+    if relay is not None:
+        return Message(relay.facts(measure=measure), reply_to=message)
+    from airtune.deploy.flower.device import device_of
+
+    device = device_of(context.run_config, context.node_config)
     return Message(device.facts(measure=measure), reply_to=message)

@@ -111,10 +111,10 @@ class Device:
             turn = take_turn(self.trainer, job, self.bench.experiment.seed)
         except NoResultError:
             return replace(empty, status=DIVERGED)
-        if address.keeps:
+        if address.keeps and turn.memory:
             own.keep(address.round, address.memory_round, turn.memory)
         reports = {**turn.reports, "train_seconds": host_seconds() - began}
-        return replace(empty, status=OK, payload=turn.payload, reports=reports)
+        return replace(empty, status=OK, payload=turn.payload, reports=reports, own=bool(turn.memory))
 
     def _folder(self) -> Path | None:
         if not self.options.state_folder:

@@ -36,6 +36,7 @@ class Reply:
     client, round, cycle : what it believes it did.
     payload : the coded update, None unless the status is "ok".
     reports : scalars that it measured. app_seconds : from the message's arrival in the app until the answer, s.
+    own : whether it keeps tensors of its own that its next training starts from.
     """
 
     status: str
@@ -45,13 +46,14 @@ class Reply:
     payload: Payload | None = None
     reports: Mapping[str, float] | None = None
     app_seconds: float = 0.0
+    own: bool = False
 
 
 def write_reply(reply: Reply) -> RecordDict:
     """Return the content of a reply."""
     bits = 0 if reply.payload is None else reply.payload.bits
     words: dict[str, Any] = {"status": reply.status, "client": reply.client, "round": reply.round}
-    words.update(cycle=reply.cycle, bits=bits, **{"app-seconds": float(reply.app_seconds)})
+    words.update(cycle=reply.cycle, bits=bits, own=reply.own, **{"app-seconds": float(reply.app_seconds)})
     records: dict[str, Any] = {STATUS: ConfigRecord(words)}
     if reply.payload is not None:
         records[UPDATE] = to_record(reply.payload.arrays)
@@ -78,7 +80,8 @@ def read_reply(content: RecordDict) -> Reply:
     payload = None
     if status == OK:
         payload = Payload(from_record(content.array_records.get(UPDATE, {})), bits)
-    return Reply(str(status), client, round_index, cycle, payload, _reports(content), seconds)
+    own = words.get("own") is True
+    return Reply(str(status), client, round_index, cycle, payload, _reports(content), seconds, own)
 
 
 def _reports(content: RecordDict) -> dict[str, float]:

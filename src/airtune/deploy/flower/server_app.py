@@ -58,7 +58,11 @@ def serve(carrier: Carrier, options: ServerOptions, *, command: str = "") -> Pla
     default = Path("runs") / f"{experiment.name}-{experiment.label}-{experiment.seed}-flower"
     folder = Path(options.out).expanduser() if options.out else default
     session = Session(Workshop(), Rounds(), command, file, actors=lambda bench: actors_of(bench, carrier, options))
-    if options.resume and (folder / "checkpoint").is_dir():
+    if options.resume and RunStore(folder).checkpoint.is_dir():
+        head = RunStore(folder).read_head()
+        if head["status"] == "done":
+            log.info("the run in %s is done", folder)
+            return head
         log.info("going on with the run in %s", folder)
         head = resume(folder, {}, session)
     else:

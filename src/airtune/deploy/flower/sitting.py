@@ -204,7 +204,8 @@ class Sitting:
         except PayloadError as error:
             raise PayloadError(f"quarantined: {error}") from error
         cost = self.spent(flight, reply, now)
-        reports = {**(reply.reports or {}), **self._measured(task, reply, cost), MEMORY_ROUND: float(flight.round)}
+        reports = {**(reply.reports or {}), **self._measured(task, reply, cost)}
+        reports[MEMORY_ROUND] = float(flight.round if reply.own else 0)
         cost = plus(self._earlier_cycles.get(task.client, NOTHING), cost)
         table.waiting.remove(flight)
         table.done.append(ClientUpdate(task, values, flight.version, flight.started_at, now, cost, reports))
