@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from airtune.cli.arguments import Arguments
@@ -24,6 +25,10 @@ def device(arguments: Arguments) -> int:
     from airtune.experiment.build import Workshop, build
 
     work = Work(build(experiment, Workshop()))
+    if find_spec("flwr") is not None:
+        from airtune.deploy.device.resident import Resident
+
+        work.more["flower"] = Resident(work)
     listener, address = address.listen()
     server = Server(listener, work.answer, token, work.largest_job, _say)
     _say(f"ready at {address} ({experiment.model.name}, {len(work.bench.clients)} clients, seed {experiment.seed})")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,8 +50,8 @@ class Device:
         """Return what the device says about itself: clients, examples, fingerprint, jobs done ..."""
         return dict(self.ask("about").head)
 
-    def ask(self, question: str, body: bytes = b"") -> Frame:
-        """Return the answer to one question.
+    def ask(self, question: str, body: bytes = b"", words: Mapping[str, Any] | None = None) -> Frame:
+        """Return the answer to one question; `words` go into the head beside it.
 
         Raises
         ------
@@ -60,7 +60,7 @@ class Device:
         NoResultError : it says that there is no result (the training diverged).
         """
         with self.conversation() as talk:
-            return talk.ask(question, body)
+            return talk.ask(question, body, words)
 
     @contextlib.contextmanager
     def conversation(self) -> Generator[Conversation]:
@@ -94,11 +94,11 @@ class Conversation:
     device: Device
     connection: socket.socket
 
-    def ask(self, question: str, body: bytes = b"") -> Frame:
+    def ask(self, question: str, body: bytes = b"", words: Mapping[str, Any] | None = None) -> Frame:
         """Return the answer to one question; errors as in `Device.ask`."""
         self.connection.settimeout(self.device.timeout)
         with self.device._errors("ended before it answered"):  # pyright: ignore[reportPrivateUsage]
-            send(self.connection, {"ask": question, "experiment": self.device.experiment}, body)
+            send(self.connection, {**(words or {}), "ask": question, "experiment": self.device.experiment}, body)
             answer = receive(self.connection, LARGEST_ANSWER)
         if "error" in answer.head:
             text = f"device {self.device.address}: {answer.head['error']}"

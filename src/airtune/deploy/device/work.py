@@ -39,10 +39,12 @@ class Work:
     """Answers questions with the objects of one experiment.
 
     bench : base model, data, trainer. done : jobs so far.
+    more : questions of other kinds that it answers, by name (Flower's messages).
     """
 
     bench: Bench
     done: int = field(default=0)
+    more: dict[str, Callable[[Frame], Frame]] = field(default_factory=dict[str, Callable[[Frame], Frame]])
 
     @property
     def largest_job(self) -> int:
@@ -52,10 +54,11 @@ class Work:
 
     def answer(self, question: Frame) -> Frame:
         """Return the answer; InputError says that the question is wrong."""
-        questions: Mapping[str, Callable[[bytes], Frame]] = {
+        questions: Mapping[str, Callable[[Frame], Frame]] = {
             "about": self._about,
             "train": self._train,
             "turn": self._turn,
+            **self.more,
         }
         asked, wanted = str(question.head.get("ask")), question.head.get("experiment")
         if asked not in questions:
@@ -63,9 +66,9 @@ class Work:
         own = fingerprint(self.bench.experiment)
         if wanted is not None and wanted != own:
             raise InputError(f"experiment: runs {own}, not {wanted!r}: model, data, clients, seed or precision differ")
-        return questions[asked](question.body)
+        return questions[asked](question)
 
-    def _about(self, _body: bytes) -> Frame:
+    def _about(self, _question: Frame) -> Frame:
         experiment, fleet = self.bench.experiment, self.bench.cell.costs.fleet
         return Frame(
             {
@@ -80,14 +83,14 @@ class Work:
             }
         )
 
-    def _train(self, body: bytes) -> Frame:
-        job = self._job(body)
+    def _train(self, question: Frame) -> Frame:
+        job = self._job(question.body)
         begun = host_seconds()
         (trained,) = self.bench.runner.trainer.train([job])
         return self._timed(begun, pack_trained(trained))
 
-    def _turn(self, body: bytes) -> Frame:
-        job = self._job(body)
+    def _turn(self, question: Frame) -> Frame:
+        job = self._job(question.body)
         begun = host_seconds()
         turn = take_turn(self.bench.runner.trainer, job, self.bench.experiment.seed)
         return self._timed(begun, pack_turn(turn))
