@@ -150,3 +150,12 @@ def test_shapes_need_no_torch():
         "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code, config], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "msp-lora", "bottleneck"])
+def test_top_layers_alone_are_adapted_and_depth_still_counts_all(kind):
+    shape = adapter_shape(config_of("bert"), ModelConfig(adapter=kind, rank=4, top_layers=1), CLASSES)
+    assert shape.layers == (LAYERS - 1,) and shape.num_layers == LAYERS
+    assert all(name.startswith("bert.encoder.layer.1.") for slot in shape.slots.values() for name in slot.modules)
+    with pytest.raises(InputError, match=r"model\.top_layers"):
+        ModelConfig(top_layers=0)
