@@ -14,6 +14,7 @@ from airtune.types import LocalTraining
 
 NEVER_B = {"fed-sb", "galore-avg"}
 ONE_FACTOR = {"ffa-lora", "fedsvd", "galore-avg", "rac-lora", "rolora"}
+NOT_ORTHONORMAL = {"ffa-lora", "fedsvd", "rolora"}
 
 
 TRAINING = [name for name in built_in_names() if "training" in {f.name for f in fields(method_class(name))}]
@@ -23,14 +24,20 @@ TRAINING = [name for name in built_in_names() if "training" in {f.name for f in 
 def test_every_method_carries_or_refuses(name):
     plain = method_class(name)()
     galore = method_class(name)(training=LocalTraining(optimizer="galore"))
-    check_combination(ModelConfig(), plain, name)
+    check_combination(ModelConfig(adapter="mole" if name == "mole" else "lora"), plain, name)
+    if name == "mole":
+        return  # it goes with nothing else: see the whole table
     if name in NEVER_B:
         with pytest.raises(InputError, match=rf"model\.adapter: dora.*{name} never trains"):
             check_combination(ModelConfig(adapter="dora"), plain, name)
     else:
         check_combination(ModelConfig(adapter="dora"), plain, name)
     if name in ONE_FACTOR:
-        check_combination(ModelConfig(), galore, name)
+        if name in NOT_ORTHONORMAL:
+            with pytest.raises(InputError, match=rf"orthonormal columns, and the fixed factor of {name} has none"):
+                check_combination(ModelConfig(), galore, name)
+        else:
+            check_combination(ModelConfig(), galore, name)
         with pytest.raises(InputError, match=r"galore descends the weight itself|never trains"):
             check_combination(ModelConfig(adapter="dora"), galore, name)
     else:

@@ -7,6 +7,7 @@ from typing import Any
 from airtune.aggregation.declaring import exchange_of
 from airtune.aggregation.groups import GroupMean
 from airtune.aggregation.mean import IndependentSampling, Mean
+from airtune.aggregation.one_factor import MergeAndRedraw
 from airtune.aggregation.residual import ResidualMerge
 from airtune.aggregation.stacking import EnergyThreshold, Stacking
 from airtune.aggregation.truncation import PrincipalSplit, Truncation
@@ -30,7 +31,8 @@ def check_combination(model: ModelConfig, method: Any, name: str) -> None:
     ------
     InputError : DoRA, whose norms are trained with B, where no round trains B; GaLore, which needs a projector, where
         both factors are trained, or with DoRA; BeamLoRA, where factors are averaged component by component; bottleneck
-        adapters, whose product means nothing, where anything but averages of factors is made.
+        adapters, whose product means nothing, where anything but averages of factors is made; MoLE, whose gates a merge
+        would lose, where anything is merged into the base; and a method made for one kind of adapter with another.
     """
     while hasattr(method, "method"):  # a wrapper
         method = method.method
@@ -39,6 +41,7 @@ def check_combination(model: ModelConfig, method: Any, name: str) -> None:
         _check_averages(method, name)
     if model.adapter == "beam-lora":
         _check_products(method, name)
+    _check_mixture(model, method, name)
     optimizer = getattr(getattr(method, "training", None), "optimizer", None)
     if model.adapter == "dora" and trained is not None and not any("B" in factors for factors in trained):
         raise InputError(
@@ -47,13 +50,27 @@ def check_combination(model: ModelConfig, method: Any, name: str) -> None:
         )
     if not isinstance(optimizer, GaLore):
         return
-    if model.adapter == "dora":
-        raise InputError("training.optimizer: galore descends the weight itself, dora its parts; valid: adapter = lora")
+    if model.adapter in ("dora", "mole"):
+        raise InputError(
+            f"training.optimizer: galore descends the weight itself, {model.adapter} its parts; valid: adapter = lora"
+        )
     if trained is None or BOTH in trained or frozenset() in trained:
         raise InputError(
             f"training.optimizer: galore needs a fixed projector, and {name} has none; valid: a method that fixes one "
             "factor with orthonormal components (galore-avg, rac-lora)"
         )
+    if not _draws_orthonormal(method):
+        raise InputError(
+            f"training.optimizer: galore needs a projector with orthonormal columns, and the fixed factor of {name} "
+            'has none; valid: galore-avg, or rac-lora, ffa-lora and fedsvd with rows = "orthonormal"'
+        )
+
+
+def _draws_orthonormal(method: Any) -> bool:
+    """Return whether the factor that is not trained is orthonormal: as it is drawn first, or for every round."""
+    aggregator = getattr(getattr(method, "composed", method), "aggregator", None)
+    drawn = getattr(aggregator, "start", None) or getattr(aggregator, "redraw", None)
+    return getattr(drawn, "law", None) == "orthonormal"
 
 
 _AVERAGES = (Mean, IndependentSampling, GroupMean)
@@ -74,6 +91,25 @@ def _check_averages(method: Any, name: str) -> None:
         raise InputError(
             "training.optimizer: bottleneck adapters have no product B A to follow; valid: adamw, sgd, lora-plus"
         )
+
+
+_MERGES = (Stacking, EnergyThreshold, PrincipalSplit, ResidualMerge, MergeAndRedraw)
+
+
+def _check_mixture(model: ModelConfig, method: Any, name: str) -> None:
+    """Refuse MoLE where something is merged into the base, and a method that is made for it with anything else."""
+    if model.adapter == "mole":
+        aggregator = getattr(getattr(method, "composed", method), "aggregator", None)
+        while hasattr(aggregator, "inner"):  # a wrapper
+            aggregator = getattr(aggregator, "inner")  # noqa: B009  (any aggregator may be inside)
+        if isinstance(aggregator, _MERGES):
+            raise InputError(
+                f"model.adapter: mole weighs its experts by the text, and {name} merges them into the base, which has "
+                "no gates; valid: mole, or another method that keeps what it averages in the adapter (fedit, flexlora)"
+            )
+    needed = getattr(type(method), "only_adapter", model.adapter)
+    if model.adapter != needed:
+        raise InputError(f"model.adapter: {name} does not go with {model.adapter}; valid: {needed}")
 
 
 _PRODUCTS = (Stacking, EnergyThreshold, Truncation, PrincipalSplit, ResidualMerge)

@@ -92,6 +92,7 @@ class MoLE:
     training: LocalTraining = field(default_factory=LocalTraining)
     compressor: Compressor = field(default_factory=Dense)
 
+    only_adapter: ClassVar[str] = "mole"
     arxiv: ClassVar[str] = "2404.13628"
     citation: ClassVar[str] = """@inproceedings{wu2024mole,
   title     = {Mixture of {LoRA} Experts},
