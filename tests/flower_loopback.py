@@ -38,6 +38,8 @@ class Delivery:
         state = self.grid.states.setdefault(self.node, RecordDict())
         if self.kind == "query.facts":
             return self.reply(device.facts(measure=False))
+        if self.kind == "evaluate":
+            return self.reply(device.evaluate(self.message.content, state))
         return self.reply(device.train(self.message.content, state, 0.0))
 
     def reply(self, content: RecordDict) -> Message:

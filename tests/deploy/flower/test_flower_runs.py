@@ -75,6 +75,8 @@ def test_the_adapter_is_that_of_the_simulation(
     ours, theirs = lines_of(real), lines_of(tmp_path / "simulated")
     assert [line["cohort"] for line in ours] == [line["cohort"] for line in theirs]
     assert [line["uplink_bits"] for line in ours] == [line["uplink_bits"] for line in theirs]
+    assert [line["accuracy"] for line in ours] == pytest.approx([line["accuracy"] for line in theirs], abs=1e-9)
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], abs=1e-6)
     assert head_of(real)["status"] == "done" and (real / "report.html").is_file()
 
 

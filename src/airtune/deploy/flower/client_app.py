@@ -1,7 +1,7 @@
 """The `ClientApp`: Flower's messages in, a `Device`'s answers out.
 
-Where the node names a resident trainer (``device``), messages are passed on to it, and this process, which Flower
-starts for a single message, imports no torch and loads no model.
+Flower's deployment starts a process for each message. Where the node names a resident trainer (``airtune device``), the
+message is passed on to it and this process imports neither torch nor the model.
 """
 
 from __future__ import annotations
@@ -29,6 +29,18 @@ def train(message: Message, context: Context) -> Message:
     return Message(device.train(message.content, context.state, received_at), reply_to=message)
 
 
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Measure the server's model with the client's own part of it."""
+    relay = relay_of(context.run_config, context.node_config)
+    if relay is not None:
+        return Message(relay.evaluate(message.content, context.state), reply_to=message)
+    from airtune.deploy.flower.device import device_of
+
+    device = device_of(context.run_config, context.node_config)
+    return Message(device.evaluate(message.content, context.state), reply_to=message)
+
+
 @app.query("facts")
 def facts(message: Message, context: Context) -> Message:
     """Say who this is, and how fast."""
@@ -38,5 +50,4 @@ def facts(message: Message, context: Context) -> Message:
         return Message(relay.facts(measure=measure), reply_to=message)
     from airtune.deploy.flower.device import device_of
 
-    device = device_of(context.run_config, context.node_config)
-    return Message(device.facts(measure=measure), reply_to=message)
+    return Message(device_of(context.run_config, context.node_config).facts(measure=measure), reply_to=message)

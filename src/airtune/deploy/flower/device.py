@@ -29,8 +29,9 @@ from airtune.errors import InputError, NoResultError
 from airtune.experiment.build import Bench, Workshop, build
 from airtune.experiment.calibration import calibrate
 from airtune.federation import prepared
+from airtune.lora import AdapterSlice, with_own
 from airtune.training.local import LocalTrainer
-from airtune.types import ServerModel, Trainer, TrainingJob
+from airtune.types import Payload, ServerModel, Trainer, TrainingJob
 
 Plain = Mapping[str, bool | float | int | str]
 REPEATS = 2  # timed trainings of four steps when a device measures its speed [our choice]
@@ -78,7 +79,7 @@ class Device:
         return write_facts(facts)
 
     def _speed(self) -> float:
-        return calibrate(self.bench.experiment, REPEATS, _workshop()).flops_per_second
+        return calibrate(self.bench.experiment, REPEATS, workshop()).flops_per_second
 
     def train(self, content: RecordDict, state: RecordDict, received_at: float) -> RecordDict:
         """Return the answer to a train message; the client's own state is changed in place.
@@ -116,6 +117,20 @@ class Device:
         reports = {**turn.reports, "train_seconds": host_seconds() - began}
         return replace(empty, status=OK, payload=turn.payload, reports=reports, own=bool(turn.memory))
 
+    def evaluate(self, content: RecordDict, state: RecordDict) -> RecordDict:
+        """Return the metrics of the server's model with this client's own tensors, on the experiment's test rows.
+
+        Errors as in `train`.
+        """
+        request = read_request(content)
+        own, address = OwnState(state, self._folder()), request.address
+        model, memory = model_of(request, self.start), own.memory(address.memory_round)
+        if model is None or memory is None:
+            return write_reply(Reply(LOST_MEMORY, self.client, address.round))
+        adapter = with_own(model.adapter, AdapterSlice.everything(model.adapter.shape), memory)
+        metrics = self.bench.evaluate(replace(model, adapter=adapter))
+        return write_reply(Reply(OK, self.client, address.round, payload=Payload({}, 0), reports=dict(metrics)))
+
     def _folder(self) -> Path | None:
         if not self.options.state_folder:
             return None
@@ -146,7 +161,7 @@ def _made(server: ServerOptions, options: DeviceOptions) -> Device:
         bench = replace(bench, clients=own)
     trainer = LocalTrainer(bench.federated, bench.tokens.train, bench.clients, bench.experiment.seed)
     start = prepared(bench.experiment.method, bench.start)
-    return Device(options, bench, start, _resident(options) or trainer)
+    return Device(options, bench, start, trainer)
 
 
 @lru_cache(maxsize=1)
@@ -155,17 +170,13 @@ def _bench(server: ServerOptions, options: DeviceOptions) -> Bench:
     experiment, _ = read_experiment_of(server, options)
     if experiment.engine.precision == "fp64":
         raise InputError("training.precision: fp64 does not travel (models are sent in 32 bits); valid: fp32, bf16")
-    return build(experiment, _workshop())
+    return build(experiment, workshop())
 
 
 @lru_cache(maxsize=1)
-def _workshop() -> Workshop:
+def workshop() -> Workshop:
     """Return what the process has loaded."""
     return Workshop()
-
-
-def _resident(options: DeviceOptions) -> Trainer | None:
-    return None
 
 
 def _machine() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -51,14 +52,18 @@ class Mail:
             self.open.add(identity)
         return identity or None
 
-    def collect(self) -> Mapping[str, Message]:
-        """Return what has arrived since the last call: id of our message -> its first reply."""
+    def collect(self, among: AbstractSet[str] | None = None) -> Mapping[str, Message]:
+        """Return what has arrived since the last call: id of our message -> its first reply.
+
+        among : ask for the replies to these messages only; None: to all.
+        """
         found: dict[str, Message] = {}
-        if not self.open:
+        wanted = self.open if among is None else self.open & among
+        if not wanted:
             return found
-        for reply in self.carrier.pull_messages(sorted(self.open)):
+        for reply in self.carrier.pull_messages(sorted(wanted)):
             answers = reply.metadata.reply_to_message_id
-            if answers in found or answers in self._answered or answers not in self.open:
+            if answers in found or answers in self._answered or answers not in wanted:
                 self.strays.append(answers)
                 continue
             found[answers] = reply

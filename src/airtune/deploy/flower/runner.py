@@ -35,6 +35,7 @@ class FlowerRunner:
         in which nobody takes part. max_norm : of an update's change.
     under_way : (client, round) -> a task of an earlier round whose reply is still awaited.
     abandoned : id of a message -> (client, round) of a task that was dropped; its reply may still come, and is named.
+    owners : client -> round after which it kept factors of its own, where clients do.
     """
 
     mail: Mail
@@ -45,6 +46,7 @@ class FlowerRunner:
     max_norm: float = 1000.0
     under_way: UnderWay = field(default_factory=dict[tuple[int, int], Flight])
     abandoned: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    owners: Mapping[int, int] = field(default_factory=dict[int, int])
 
     def run(
         self, plan: Plan, model: ServerModel, pending: Pending, *, round_index: int, time: float
@@ -84,7 +86,17 @@ class FlowerRunner:
         )
         for lost in outcome.lost:
             log.warning("round %s: client %s is left out: %s", round_index, lost.task.client, lost.reason)
-        return outcome, _next_pending(pending, outcome, kept, sitting, model)
+        following = _next_pending(pending, outcome, kept, sitting, model)
+        self.owners = _owners(plan, following)
+        return outcome, following
+
+
+def _owners(plan: Plan, pending: Pending) -> dict[int, int]:
+    """Return the clients that keep a part of the model, and since when; none where all that is trained is sent."""
+    if not any(task.train.tensors - task.send.tensors for task in plan.tasks):
+        return {}
+    rounds = {client: int(report.get(MEMORY_ROUND, 0)) for client, report in pending.reports.items()}
+    return {client: number for client, number in rounds.items() if number}
 
 
 def _with_incidents(plan: Plan, incidents: Sequence[Mapping[str, Any]]) -> Plan:

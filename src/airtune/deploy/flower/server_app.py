@@ -20,6 +20,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from airtune.deploy.flower.environment import FlowerEnvironment
+from airtune.deploy.flower.evaluation import FlowerEvaluation
 from airtune.deploy.flower.facts import identity_of
 from airtune.deploy.flower.mail import Carrier, Mail
 from airtune.deploy.flower.nodes import Nodes
@@ -92,7 +93,7 @@ def actors_of(bench: Bench, carrier: Carrier, options: ServerOptions) -> Actors:
         idle_seconds=bench.experiment.fleet.idle_seconds,
         max_norm=options.max_norm,
     )
-    return Actors(environment, runner, bench.evaluate)
+    return Actors(environment, runner, FlowerEvaluation(bench.evaluate, runner, options.round_seconds))
 
 
 @dataclass(frozen=True)
