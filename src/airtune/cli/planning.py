@@ -102,11 +102,15 @@ def _piloted(arguments: Arguments, file: ExperimentFile, chosen: Sequence[str], 
     from airtune.cli.progress import Display
     from airtune.experiment.build import Workshop
     from airtune.experiment.pilots import ROUNDS, pilot_summary, planned_with, run_pilots
+    from airtune.experiment.rank_pilot import run_rank_pilot
     from airtune.experiment.run import Session
+    from airtune.methods.tsfa import TSFA
 
     display = Display()
     try:
         session = Session(Workshop(), display, arguments.line, Path(arguments.experiment))
+        if isinstance(experiment.method, TSFA):
+            return run_rank_pilot(experiment, folder, session, rounds=rounds[0] if rounds else None)
         found = run_pilots(experiment, folder, session, rounds=rounds[0] if rounds else ROUNDS)
     finally:
         display.close()

@@ -294,9 +294,12 @@ class TSFA:
             sent = [0.0 if s is None else s * r for r, s in zip(offline["ranks"], offline["keep_ratios"], strict=True)]
             return {"offline": offline, "curves": [_curve("Components within the limit", offline["ranks"], sent, None)]}
         if state.bounds and state.rounds == self.pilot_rounds:
-            ranks = self._candidates(seen.shape.max_rank)
-            return {"curves": [_curve("Bound over ranks", ranks, state.bounds, state.rank)]}
+            return {"curves": [self.bound_curve(state, seen.shape.max_rank)]}
         return {}
+
+    def bound_curve(self, state: LatencyControl, largest: int) -> dict[str, Any]:
+        """Return the bound over the candidate ranks, of which `largest` is that of the model, with the choice."""
+        return _curve("Bound over ranks", self._candidates(largest), state.bounds, state.rank)
 
     def _notes(
         self, state: LatencyControl, options: Choices, found: Solution, limit: float, weights: Floats
