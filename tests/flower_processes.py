@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class Federation:
     folder: Path
     port: int = field(default_factory=free_port)
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    socket: Path | None = None
 
     def __post_init__(self) -> None:
         home = self.folder / "home"
@@ -66,8 +68,17 @@ class Federation:
         self.start("superlink", "flower-superlink", "--insecure", *address, "--database", str(self.folder / "state.db"))
         wait_for(lambda: _listens(self.port), 90, "the SuperLink")
 
+    def resident(self, experiment: Path) -> None:
+        """Start one resident trainer for all nodes: each of Flower's many processes then imports little."""
+        self.socket = Path(tempfile.mkdtemp(prefix="airtune-")) / "device.sock"
+        program = "import sys; from airtune.cli import main; sys.exit(main())"
+        self.start("device", sys.executable, "-c", program, "device", str(experiment), "--socket", str(self.socket))
+        wait_for(self.socket.exists, 300, "the resident trainer")
+
     def supernode(self, client: int, **config: Any) -> None:
         words = {"partition-id": client, **{key.replace("_", "-"): value for key, value in config.items()}}
+        if self.socket is not None:
+            words["device"] = f"unix:{self.socket}"
         self.start(
             f"node-{client}",
             "flower-supernode",
@@ -96,25 +107,28 @@ class Federation:
         path = self.folder / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def end(self, name: str, number: int = signal.SIGTERM, seconds: float = 20.0) -> None:
-        """End a process with its session: Flower's own children are in it."""
-        process = self.running.pop(name)
-        members = session_of(process.pid)
-        for each in (number, signal.SIGKILL):
+    def end(self, *names: str, number: int = signal.SIGTERM, seconds: float = 20.0) -> None:
+        """End processes with their sessions: Flower's own children are in them."""
+        processes = [self.running.pop(name) for name in names]
+        for each, patience in ((number, seconds), (signal.SIGKILL, 10.0)):
+            members = [member for process in processes for member in session_of(process.pid)]
             for member in members:
                 _signal(member, each)
-            deadline = time.monotonic() + seconds
+            deadline = time.monotonic() + patience
             while time.monotonic() < deadline and any(_alive(member) for member in members):
-                process.poll()
+                for process in processes:
+                    process.poll()
                 time.sleep(0.1)
-        process.wait(timeout=10)
+        for process in processes:
+            process.wait(timeout=10)
 
     def __enter__(self) -> Federation:
         return self
 
     def __exit__(self, *details: object) -> None:
-        for name in list(self.running):
-            self.end(name)
+        self.end(*self.running)
+        if self.socket is not None:
+            shutil.rmtree(self.socket.parent)
 
 
 def session_of(leader: int) -> list[int]:
