@@ -35,6 +35,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=cores, help="of airtune's process (default: all cores)")
     made.add_argument("--workers", type=int, default=0, help="airtune on a local Ray cluster of so many workers")
     made.add_argument("--cores", type=int, default=cores, help="actors or processes of the peer")
+    made.add_argument("--without", default="", help="sides to leave out, by name, separated by commas")
     made.add_argument("--environments", type=Path, default=_cache() / "peers", help="where the peers are installed")
     made.add_argument("--json", type=Path, help="write the result here")
     made.add_argument("--limit", type=float, default=3600.0, help="seconds after which the race is given up")
@@ -64,7 +65,8 @@ def race(given: argparse.Namespace, make_sides: Callable[[Path, Path], Sequence[
     with tempfile.TemporaryDirectory(prefix="race-") as name:
         top = Path(name)
         settings = prepare(size, top / "work")
-        sides = make_sides(top / "work", top)
+        left_out = given.without.split(",")
+        sides = [side for side in make_sides(top / "work", top) if side.name not in left_out]
         with Processes() as processes:
             rounds = _rounds(sides, processes, settings, given.limit)
         start = _values(top / "work" / "start" / "adapter_model.safetensors")
@@ -78,20 +80,26 @@ def race(given: argparse.Namespace, make_sides: Callable[[Path, Path], Sequence[
 
 def _rounds(
     sides: Sequence[Side], processes: Processes, settings: dict[str, Any], limit: float
-) -> dict[str, list[float]]:
-    """Let the sides run round after round in turn; return the seconds of each round by side, the warm-up first."""
+) -> dict[str, list[tuple[float, float]]]:
+    """Let the sides run round after round in turn.
+
+    Returns the seconds and the processor seconds of each round by side, the warm-up first.
+    """
     deadline = time.monotonic() + limit
-    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    seconds: dict[str, list[tuple[float, float]]] = {side.name: [] for side in sides}
     for side in sides:  # one after the other: a start disturbs no other start
         processes.start(side)
         _await(side, "ready-0", processes, deadline)
     for number in range(settings["all_rounds"]):
         turn = number % len(sides)
         for side in [*sides[turn:], *sides[:turn]]:
+            before = processes.cpu_seconds(side)
             write(side.folder / f"go-{number}", {})
             found = _await(side, f"ready-{number + 1}", processes, deadline)
-            seconds[side.name].append(found["seconds"])
-            print(f"round {number}: {side.name:24} {found['seconds']:8.2f} s", file=sys.stderr, flush=True)
+            used = processes.cpu_seconds(side) - before
+            seconds[side.name].append((found["seconds"], used))
+            line = f"round {number}: {side.name:24} {found['seconds']:8.2f} s {used:8.2f} processor s"
+            print(line, file=sys.stderr, flush=True)
     for side in sides:
         _await(side, "final", processes, deadline)
     return seconds
@@ -146,7 +154,7 @@ def _result(
     size: Size,
     settings: dict[str, Any],
     sides: Sequence[Side],
-    rounds: dict[str, list[float]],
+    rounds: dict[str, list[tuple[float, float]]],
     scores: dict[str, dict[str, Any]],
     start: Any,
 ) -> dict[str, Any]:
@@ -154,7 +162,8 @@ def _result(
     way = (reference - start).norm()
     rows, steps = [], settings["steps_a_round"]
     for side in sides:
-        measured, score = rounds[side.name][1:], scores[side.name]
+        measured, score = [pair[0] for pair in rounds[side.name][1:]], scores[side.name]
+        used = [pair[1] for pair in rounds[side.name][1:]]
         distance = float((score["values"] - reference).norm() / way)
         rows.append(
             {
@@ -162,8 +171,10 @@ def _result(
                 "steps_per_s": statistics.median(steps / seconds for seconds in measured),
                 "slowest": min(steps / seconds for seconds in measured),
                 "fastest": max(steps / seconds for seconds in measured),
-                "warm_up_s": rounds[side.name][0],
+                "steps_per_cpu_s": statistics.median(steps / max(seconds, 0.01) for seconds in used),
+                "warm_up_s": rounds[side.name][0][0],
                 "round_s": measured,
+                "round_cpu_s": used,
                 "loss": score["loss"],
                 "accuracy": score["accuracy"],
                 "adapter_distance": distance,
@@ -176,7 +187,8 @@ def _result(
         {
             "ours": one["side"],
             "peer": other["side"],
-            "ratio": statistics.median(b / a for a, b in zip(one["round_s"], other["round_s"], strict=True)),
+            "ratio": _paired(one, other, "round_s"),
+            "cpu_ratio": _paired(one, other, "round_cpu_s"),
             "loss_difference": abs(one["loss"] - other["loss"]) / other["loss"],
             "same_work": abs(one["loss"] - other["loss"]) <= TOLERANCE * other["loss"],
         }
@@ -194,21 +206,29 @@ def _result(
     }
 
 
+def _paired(one: dict[str, Any], other: dict[str, Any], name: str) -> float:
+    """Return the median over the rounds of how many times more the other one needed."""
+    return statistics.median(b / max(a, 0.01) for a, b in zip(one[name], other[name], strict=True))
+
+
 def _show(result: dict[str, Any]) -> None:
     work = result["work"]
     print(
         f"{work['name']}: {work['clients']} clients x {work['steps']} steps of {work['batch_size']} examples "
         f"({work['tokens_a_step']:.0f} tokens with padding), median of {work['rounds']} rounds after one warm-up"
     )
-    print(f"{'side':26}{'steps/s':>10}{'slowest':>10}{'fastest':>10}{'first round':>13}{'loss':>9}{'distance':>10}")
+    titles = ("steps/s", "slowest", "fastest", "steps/cpu s")
+    print(f"{'side':26}{''.join(f'{title:>12}' for title in titles)}{'first round':>13}{'loss':>9}{'distance':>10}")
     for row in result["sides"]:
         print(
-            f"{row['side']:26}{row['steps_per_s']:10.2f}{row['slowest']:10.2f}{row['fastest']:10.2f}"
+            f"{row['side']:26}{row['steps_per_s']:12.2f}{row['slowest']:12.2f}{row['fastest']:12.2f}"
+            f"{row['steps_per_cpu_s']:12.2f}"
             f"{row['warm_up_s']:11.1f} s{row['loss']:9.4f}{row['adapter_distance']:10.1e}"
         )
     for ratio in result["ratios"]:
         same = "" if ratio["same_work"] else "   NOT THE SAME WORK: the losses differ by more than 2 %"
-        print(f"{ratio['ours']} / {ratio['peer']}: {ratio['ratio']:.2f}x{same}")
+        figures = f"{ratio['ratio']:.2f}x, by processor time {ratio['cpu_ratio']:.2f}x"
+        print(f"{ratio['ours']} / {ratio['peer']}: {figures}{same}")
 
 
 def _precisions() -> str:

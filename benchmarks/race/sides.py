@@ -112,7 +112,8 @@ class Processes:
         self.started: list[tuple[Side, Launch, subprocess.Popen[bytes]]] = []
 
     def __enter__(self) -> Processes:
-        """Return itself."""
+        """Return itself; from now on a polite end of this process is an exception, so that the others end too."""
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -132,7 +133,7 @@ class Processes:
         for number, launch in enumerate(side.launches):
             if launch.after_port is not None:
                 _await_port(launch.after_port)
-            environment = {**os.environ, **OFFLINE, MARK: self.mark, **launch.environment}
+            environment = {**os.environ, **OFFLINE, MARK: f"{self.mark}/{side.name}", **launch.environment}
             environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *_inherited_path()])
             environment.pop("RAY_ADDRESS", None)
             with (side.folder / f"log-{number}.txt").open("wb") as log:
@@ -149,18 +150,29 @@ class Processes:
             if code is not None and (code != 0 or early):
                 raise RuntimeError(f"{side.name} ended with {code}:\n{_logs(side)}")
 
+    def cpu_seconds(self, side: Side) -> float:
+        """Return the processor seconds that a side's processes have used, those of children that ended included."""
+        ticks = 0
+        for pid in self._marked(f"/{side.name}"):
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+                ticks += sum(int(value) for value in fields[11:15])  # user, system, and both of awaited children
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def logs(self, side: Side) -> str:
         """Return the ends of a side's logs."""
         return _logs(side)
 
-    def _marked(self) -> list[int]:
+    def _marked(self, side: str = "") -> list[int]:
+        """Return the processes of a side, or of all."""
         found = []
-        wanted = f"{MARK}={self.mark}".encode()
+        begin, end = f"{MARK}={self.mark}/".encode(), side.encode()
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 try:
                     state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-                    if state != "Z" and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    variables = (entry / "environ").read_bytes().split(b"\0") if state != "Z" else []
+                    if any(variable.startswith(begin) and variable.endswith(end) for variable in variables):
                         found.append(int(entry.name))
                 except OSError:
                     continue

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -56,6 +58,15 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         RayTrainer(partial(worker_trainer, {}, ""), workers=1)
 
 
+def test_an_experiment_file_asks_for_workers(tmp_path: Path) -> None:
+    path = write_experiment(tmp_path)
+    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    bench = build(read_file(path, {"training.workers": 2, "training.group_size": 3}).experiment(), Workshop())
+    assert isinstance(bench.runner.trainer, RayTrainer)
+    assert (bench.runner.trainer.workers, bench.runner.trainer.group_size) == (2, 3)
+    assert bench.experiment.plain()["training"]["workers"] == 2
+
+
 # ------------------------------------------------------------------------------------------------ with a real cluster
 
 
@@ -76,7 +87,9 @@ def cluster(bench: Bench) -> Iterator[RayTrainer]:
         yield trainer
     finally:
         trainer.close()
-        ray.shutdown()
+        with warnings.catch_warnings(action="ignore"):  # Ray does not wait for the daemons that it ends
+            ray.shutdown()
+            gc.collect()
     assert not _ray_processes(), "Ray left processes behind"
 
 
@@ -101,6 +114,19 @@ def rounds(bench: Bench, runner: Any) -> list[tuple[Progress, Any]]:
 def same_bits(first: Progress, second: Progress) -> bool:
     pairs = zip(first.model.adapter.tensors(), second.model.adapter.tensors(), strict=True)
     return all(a[:2] == b[:2] and torch.equal(a[2], b[2]) for a, b in pairs)
+
+
+@on_a_cluster
+def test_the_cohort_engine_gives_the_same_bits_in_the_same_groups(tmp_path: Path, cluster: RayTrainer) -> None:
+    asked = {"method.cohort_size": 5, "training.engine": "cohort", "training.group_size": 3}
+    bench = build(read_file(write_experiment(tmp_path), asked).experiment(), Workshop())
+    make = partial(worker_trainer, bench.experiment.plain(), bench.experiment.label)
+    workers = RayTrainer(make, workers=2, group_size=3)
+    assert isinstance(bench.runner.trainer, GroupedTrainer)
+    here, there = rounds(bench, bench.runner), rounds(bench, replace(bench.runner, trainer=workers))
+    workers.close()
+    assert [record for _, record in here] == [record for _, record in there]
+    assert same_bits(here[-1][0], there[-1][0])
 
 
 @on_a_cluster
@@ -169,12 +195,3 @@ def _jobs(bench: Bench, count: int) -> list[Any]:
     seen = bench.cell.observe(1, 0.0, Pending(), start.model)
     plan = experiment.method.plan(start.state, seen, stream(0, "plan", 1))
     return [TrainingJob(replace(plan.tasks[0], client=client), start.model, 1) for client in range(count)]
-
-
-def test_an_experiment_file_asks_for_workers(tmp_path: Path) -> None:
-    path = write_experiment(tmp_path)
-    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
-    bench = build(read_file(path, {"training.workers": 2, "training.group_size": 3}).experiment(), Workshop())
-    assert isinstance(bench.runner.trainer, RayTrainer)
-    assert (bench.runner.trainer.workers, bench.runner.trainer.group_size) == (2, 3)
-    assert bench.experiment.plain()["training"]["workers"] == 2

@@ -39,7 +39,7 @@ class RayTrainer:
     ----------
     make_trainer : builds the trainer of one worker, with its own base model; called once on each worker. Ray sends it
         there, so it is a function of a module that the workers have, or a `functools.partial` of one.
-    workers : processes, one CPU of the cluster each.
+    workers : processes; in a running cluster one CPU each.
     group_size : most clients that one worker trains together; results depend on it where the trainer's do.
     address : of a running cluster; None: start one here, which ends with this process.
     """
@@ -114,7 +114,8 @@ class RayTrainer:
         return [results[place] for place in range(len(groups))]
 
     def _start(self, ray: Any) -> Any:
-        return ray.remote(num_cpus=1, max_restarts=0)(_Worker).remote(self.make_trainer)
+        # In a cluster of our own the workers of an earlier run may still be ending: nobody waits for their CPUs.
+        return ray.remote(num_cpus=int(self.address is not None), max_restarts=0)(_Worker).remote(self.make_trainer)
 
     def _replace(self, ray: Any, worker: Any) -> Any:
         """Put a new worker in the place of a lost one, of which nothing is left running."""
@@ -230,8 +231,7 @@ def _connect(ray: Any, address: str | None, workers: int) -> None:
 
 def _stop(pool: list[Any]) -> None:
     """End workers, if Ray still runs."""
-    ray = _ray()
     while pool:
-        worker = pool.pop()
+        worker, ray = pool.pop(), _ray()
         if ray.is_initialized():
             ray.kill(worker)
