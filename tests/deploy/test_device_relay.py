@@ -82,6 +82,9 @@ def test_replies_and_state_are_those_of_the_device_itself(bench: Bench, experime
         assert found.reports["loss"] == expected.reports["loss"]
     for name, array in mine.array_records["airtune-own"].items():
         assert theirs.array_records["airtune-own"][name].data == array.data, name
+    content = message(bench, 2, 2)
+    found, expected = read_reply(relay.evaluate(content, theirs)), read_reply(own.evaluate(content, mine))
+    assert found.reports == expected.reports and found.reports["accuracy"] >= 0.0
     facts, expected_facts = relay.facts(measure=False), own.facts(measure=False)
     assert dict(facts.config_records["facts"]) == dict(expected_facts.config_records["facts"])
 
@@ -93,6 +96,8 @@ def test_what_does_not_fit_is_refused(bench: Bench, experiment: Path, address: s
         relay.train(message(bench, 1), RecordDict(), 0.0)
     with pytest.raises(InputError, match="partition-id"):
         Relay(Device(address), run, {**node, "partition-id": 99}).facts(measure=False)
+    with pytest.raises(InputError, match="unknown kind 'dance'; valid: train, evaluate, facts"):
+        Relay(Device(address), run, node)._ask("dance", RecordDict(), RecordDict())
     body, sizes = join([RecordDict({"x": ConfigRecord({"a": 1})}), RecordDict()])
     assert split(body, sizes, 2)[0].config_records["x"]["a"] == 1
     for wrong in ([len(body)], [len(body) + 1, -1], [1.0, 2.0], None, [sizes[0] - 1, sizes[1]]):

@@ -217,12 +217,15 @@ def _report(commands: Any) -> None:
 def _calibrate(commands: Any) -> None:
     summary = "measure how fast this machine trains, and write a device profile"
     parser = _add(commands, "calibrate", "calibrating.calibrate", summary, overrides=True)
-    parser.add_argument("experiment", metavar="EXPERIMENT.toml", help="names model, data, batch size and threads")
+    parser.add_argument(
+        "experiment", nargs="?", metavar="EXPERIMENT.toml", help="names model, data, batch size and threads"
+    )
+    parser.add_argument("--flower", metavar="DIR", help="instead: fit what real devices add to a run's predictions")
     parser.add_argument("--name", default="this-machine", metavar="NAME", help="of the profile")
     parser.add_argument("--power", metavar="W", help='drawn while training, as in "15 W": given, not measured')
     parser.add_argument("--memory", metavar="B", help='as in "8 GB" (default: all that this machine has)')
     parser.add_argument("--repeats", default="5", metavar="N", help="timed repeats")
-    parser.add_argument("--out", metavar="FILE.toml", help="a new profile; without it the result is only shown")
+    parser.add_argument("--out", metavar="FILE", help="where the profile (.toml) or the fit goes (default: nowhere)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

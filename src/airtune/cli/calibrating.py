@@ -16,6 +16,10 @@ from airtune.wireless.units import parse_quantity
 
 def calibrate(arguments: Arguments) -> int:
     """Time real local steps, show the speed, and write the profile if a file is named."""
+    if arguments.flower is not None:
+        return _flower(arguments)
+    if arguments.experiment is None:
+        raise InputError("airtune calibrate: needs a file; valid: airtune calibrate EXPERIMENT.toml, or --flower DIR")
     out = None if arguments.out is None else Path(arguments.out)
     power = _power(arguments) if out is not None else None
     memory = _memory(arguments)
@@ -52,6 +56,34 @@ def calibrate(arguments: Arguments) -> int:
     )
     if out is not None:
         Console().print(f'done: {out} (use it as `"{out}" = 1` in \\[fleet.devices])')
+    return 0
+
+
+def _flower(arguments: Arguments) -> int:
+    """Fit what real devices add to the predicted seconds of a run, show it, and write it if a file is named."""
+    if arguments.experiment is not None:
+        raise InputError(f"--flower: takes no experiment ({arguments.experiment}); valid: the folder of a run alone")
+    from dataclasses import asdict
+    from statistics import median
+
+    from airtune.deploy.prediction import fit, read_rounds, relative_errors
+    from airtune.files import write_atomically
+
+    rounds = read_rounds(Path(arguments.flower))
+    model = fit(rounds)
+    before, after = (median(map(abs, relative_errors(rounds, each))) for each in (None, model))
+    found = {"rounds": len(rounds), "median_error_before": before, "median_error_after": after, "model": asdict(model)}
+    text = json.dumps(found)
+    if arguments.out is not None:
+        write_atomically(Path(arguments.out), (text + "\n").encode())
+    if arguments.json:
+        print(text)
+        return 0
+    Console().print(
+        f"{len(rounds)} rounds: {model.fixed_s:.2f} s + {model.overhead_flops / 1e9:.2f} GFLOP a message, "
+        f"compute x {model.compute:.2f}, download x {model.download:.2f}, upload x {model.upload:.2f}; median error "
+        f"{100 * before:.0f} % before, {100 * after:.0f} % after, on the same rounds"
+    )
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from airtune.cli.arguments import Arguments
 from airtune.cli.files import experiment_file
@@ -11,6 +12,10 @@ from airtune.cli.output import say
 from airtune.deploy.device.address import Address, UnixAddress, read_address
 from airtune.deploy.device.handshake import make_token, read_token
 from airtune.errors import InputError
+
+if TYPE_CHECKING:
+    from airtune.deploy.device.work import Work
+    from airtune.experiment.config import Experiment
 
 
 def device(arguments: Arguments) -> int:
@@ -21,14 +26,8 @@ def device(arguments: Arguments) -> int:
     experiment = experiment_file(arguments).experiment()
 
     from airtune.deploy.device.server import Server
-    from airtune.deploy.device.work import Work
-    from airtune.experiment.build import Workshop, build
 
-    work = Work(build(experiment, Workshop()))
-    if find_spec("flwr") is not None:
-        from airtune.deploy.device.resident import Resident
-
-        work.more["flower"] = Resident(work)
+    work = _work(experiment)
     listener, address = address.listen()
     server = Server(listener, work.answer, token, work.largest_job, _say)
     _say(f"ready at {address} ({experiment.model.name}, {len(work.bench.clients)} clients, seed {experiment.seed})")
@@ -40,6 +39,21 @@ def device(arguments: Arguments) -> int:
     finally:
         address.leave()
     return 0
+
+
+def _work(experiment: Experiment) -> Work:
+    """Load everything; Flower's messages are answered where Flower is installed, with the same base model."""
+    from airtune.deploy.device.work import Work
+    from airtune.experiment.build import Workshop, build
+
+    if find_spec("flwr") is None:
+        return Work(build(experiment, Workshop()))
+    from airtune.deploy.device.resident import Resident
+    from airtune.deploy.flower.device import workshop
+
+    work = Work(build(experiment, workshop()))
+    work.more["flower"] = Resident(work)
+    return work
 
 
 def _address(arguments: Arguments) -> Address:

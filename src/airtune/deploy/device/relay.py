@@ -20,6 +20,7 @@ from airtune.deploy.device.handshake import read_token
 from airtune.errors import InputError
 
 Config = Mapping[str, bool | float | int | str]
+Kind = Literal["train", "evaluate", "facts"]
 QUESTION = "flower"
 
 
@@ -45,13 +46,15 @@ class Relay:
         """
         return self._ask("train", content, state, received_at=received_at)
 
+    def evaluate(self, content: RecordDict, state: RecordDict) -> RecordDict:
+        """Return the answer to an evaluate message; the state stays as it is. Errors as in `train`."""
+        return self._ask("evaluate", content, state)[0]
+
     def facts(self, *, measure: bool) -> RecordDict:
         """Return what the device says of itself; errors as in `train`."""
         return self._ask("facts", RecordDict(), RecordDict(), measure=measure)[0]
 
-    def _ask(
-        self, kind: Literal["train", "facts"], content: RecordDict, state: RecordDict, **words: Any
-    ) -> tuple[RecordDict, RecordDict]:
+    def _ask(self, kind: Kind, content: RecordDict, state: RecordDict, **words: Any) -> tuple[RecordDict, RecordDict]:
         body, sizes = join([content, state])
         head = {"kind": kind, "sizes": sizes, "run": dict(self.run_config), "node": dict(self.node_config), **words}
         answer = self.device.ask(QUESTION, body, head)
