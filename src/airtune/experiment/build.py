@@ -27,13 +27,14 @@ from airtune.simulation.costs import CostModel
 from airtune.simulation.grouped import GroupedTrainer
 from airtune.simulation.ray_runner import RayTrainer
 from airtune.simulation.runner import SimulatedRunner
-from airtune.training.data import DataConfig, LabelledData, TokenizedData, load, load_tokenizer, tokenize
+from airtune.training.data import DataConfig, TokenizedData
 from airtune.training.evaluation import evaluate
 from airtune.training.loading import load_model
 from airtune.training.local import LocalTrainer
 from airtune.training.model import FederatedModel
 from airtune.training.partition import Indices, label_counts
 from airtune.training.shapes import ModelConfig
+from airtune.training.token_store import token_splits
 from airtune.types import ServerModel, Trainer
 
 WORKER_GROUP = 8  # clients that a Ray worker trains together, where nothing is said [our choice]
@@ -67,7 +68,8 @@ class Workshop:
         """Return the tokenised rows of a task."""
         key = (data, model.name, model.task)
         if key not in self.rows:
-            self.rows[key] = _tokenize(load(data, task=model.task), data, model)
+            splits = token_splits(data, model.name, task=model.task)
+            self.rows[key] = Tokens(splits["train"], splits["test"], splits.get("validation"))
         return self.rows[key]
 
     def model(self, config: ModelConfig, engine: Engine, num_labels: int | None) -> FederatedModel:
@@ -186,9 +188,12 @@ def _trainer(
     engine = experiment.engine
     if engine.engine == "twin":
         return experiment, LocalTrainer(federated, train, clients, experiment.seed)
+    from airtune.training.cohort.memory import automatic_budget
     from airtune.training.cohort.trainer import CohortTrainer
 
     budget = None if engine.memory_budget is None else int(engine.memory_budget)
+    if budget is None and engine.workers is not None:  # the workers of this machine share what is free
+        budget = automatic_budget(federated.device) // engine.workers
     made = CohortTrainer(federated, train, clients, experiment.seed, budget, engine.micro_batch_tokens)
     made.check(experiment.training)
     chosen = replace(engine, memory_budget=float(made.budget), micro_batch_tokens=made.micro_batch_tokens)
@@ -203,16 +208,6 @@ def _partition(experiment: Experiment, train: TokenizedData) -> list[Indices]:
         if "cannot deal" in text:
             text = f"{text}; valid: fewer clients, more rows, or another type"
         raise InputError(f"data.{text}" if text.startswith("partition") else text) from error
-
-
-def _tokenize(rows: LabelledData, data: DataConfig, model: ModelConfig) -> Tokens:
-    tokenizer = load_tokenizer(model.name)
-
-    def tokens_of(part: Any) -> TokenizedData:
-        return tokenize(part, tokenizer, max_length=data.max_length, task=model.task, label_names=rows.label_names)
-
-    validation = None if rows.validation is None else tokens_of(rows.validation)
-    return Tokens(tokens_of(rows.train), tokens_of(rows.test), validation)
 
 
 def _num_labels(model: ModelConfig, tokens: Tokens) -> int | None:
