@@ -223,11 +223,12 @@ def _check_any_update(store: RunStore) -> None:
 
 
 def _export(bench: Bench, progress: Progress, store: RunStore) -> Plain:
-    from airtune.training.export import export_adapter
+    from airtune.training.export import export_adapter, export_kind
 
     with disk_errors(store.adapter):
         export_adapter(bench.federated, progress.model, store.adapter)
-    export: Plain = {"kind": "peft", "path": ADAPTER_FOLDER, "base_model": bench.experiment.model.name}
+    kind = export_kind(bench.federated)
+    export: Plain = {"kind": kind, "path": ADAPTER_FOLDER, "base_model": bench.experiment.model.name}
     own = {client: memory for client, memory in sorted(progress.pending.memory.items()) if has_own(memory)}
     if not own:
         return export
