@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from airtune.aggregation.error import aggregation_error
 from airtune.clock import host_seconds
 from airtune.errors import InputError, NoResultError
 from airtune.experiment import checkpoint
@@ -188,6 +189,7 @@ def _rounds(
         seed=experiment.seed,
         evaluate=actors.evaluate,
         evaluate_every=experiment.evaluation.every,
+        diagnose=aggregation_error if experiment.evaluation.aggregation_error else None,
     )
     for progress, record in _planned(rounds, done):
         ready = host_seconds()

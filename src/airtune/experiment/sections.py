@@ -164,11 +164,14 @@ class Evaluation:
 
     every : rounds between evaluations; the last round is always evaluated.
     batch_size : rows at a time. split : "test", or "validation" for the choice of settings.
+    aggregation_error : whether rounds record how far the server's model is from the mean of the clients' models
+        (`airtune.aggregation.error`); costs a dense product per client and module.
     """
 
     every: int = 1
     batch_size: int = 64
     split: Literal["test", "validation"] = "test"
+    aggregation_error: bool = False
 
     def __post_init__(self) -> None:
         """Check the numbers."""
