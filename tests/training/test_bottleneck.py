@@ -13,10 +13,10 @@ from airtune.errors import InputError
 from airtune.experiment.combinations import check_combination
 from airtune.lora import AdapterSlice
 from airtune.methods import method_class
-from airtune.training.bottleneck import load_bottleneck
 from airtune.training.evaluation import score
 from airtune.training.export import export_adapter, export_kind
 from airtune.training.local import LocalTrainer
+from airtune.training.saved import open_adapter
 from airtune.training.shapes import FAMILIES, ModelConfig
 from airtune.types import ClientTask, LocalTraining, ServerModel, TrainingJob
 from tiny_networks import CLASSES, LAYERS, WIDTH, federated, network, random_adapter, tokens
@@ -126,25 +126,15 @@ def test_the_cost_model_counts_what_torch_executes():
         assert float(expected) == pytest.approx(backward.get_total_flops(), rel=0.02)
 
 
-def test_the_folder_opens_without_a_federation(server, tmp_path):
+def test_the_folder_opens_without_a_federation(tmp_path):
     made = federated(adapter="bottleneck")
     single = ServerModel(random_adapter(made, 4))
     made.show(single)
-    assert export_kind(made) == "bottleneck"
+    assert export_kind(made) == "airtune"
     export_adapter(made, single, tmp_path / "adapter")
-    plain = network()
-    rows = tokens().batch(np.arange(6))
-    ids, mask = torch.from_numpy(rows["input_ids"]), torch.from_numpy(rows["attention_mask"])
-    handles = load_bottleneck(plain, tmp_path / "adapter")
-    with torch.no_grad():
-        assert torch.allclose(plain(input_ids=ids, attention_mask=mask).logits, logits(made), atol=1e-5)
-        for handle in handles:
-            handle.remove()
-        assert not torch.allclose(plain(input_ids=ids, attention_mask=mask).logits, logits(made), atol=1e-3)
-    with pytest.raises(InputError, match="does not fit"):
-        load_bottleneck(network("roberta"), tmp_path / "adapter")
-    with pytest.raises(InputError, match="no bottleneck adapter"):
-        load_bottleneck(plain, tmp_path)
+    network().bert.save_pretrained(tmp_path / "base")
+    opened = open_adapter(tmp_path / "adapter", base=str(tmp_path / "base"))
+    assert torch.allclose(logits(opened), logits(made), atol=1e-6)
 
 
 def test_what_has_no_meaning_is_refused(model, server):

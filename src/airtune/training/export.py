@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from airtune.lora import LoraFactors, stack
-from airtune.training.bottleneck import save_bottleneck
 from airtune.training.dora import decomposed
 from airtune.training.model import FederatedModel, as_factors
 from airtune.training.saved import write_adapter
@@ -27,8 +26,8 @@ _TASK = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
 
 def export_kind(model: FederatedModel) -> str:
-    """Return what `export_adapter` writes: "peft", or what PEFT does not know: "bottleneck", and "airtune" (MoLE)."""
-    return {"bottleneck": "bottleneck", "mole": "airtune"}.get(model.config.adapter, "peft")
+    """Return what `export_adapter` writes: "peft", or "airtune" for what PEFT does not know (bottlenecks, MoLE)."""
+    return "airtune" if model.config.adapter in ("bottleneck", "mole") else "peft"
 
 
 def export_adapter(model: FederatedModel, server: ServerModel, folder: Path) -> None:
@@ -36,9 +35,9 @@ def export_adapter(model: FederatedModel, server: ServerModel, folder: Path) -> 
 
     ``PeftModel.from_pretrained(base, folder)`` opens it. All that acts on one module, merged updates included, becomes
     one LoRA without loss: the factors are stacked, so ranks may differ and stand in ``rank_pattern``, and each scaling
-    is kept by ``alpha_pattern``. With DoRA the gains become PEFT's magnitudes. Bottleneck adapters, which PEFT does not
-    know, are written as `airtune.training.bottleneck` says, MoLE as `airtune.training.saved` does. The folder appears
-    complete or not at all; an older one is replaced.
+    is kept by ``alpha_pattern``. With DoRA the gains become PEFT's magnitudes. Bottleneck adapters and
+    MoLE, which PEFT does not know, are written as `airtune.training.saved` says. The folder appears complete or not at
+    all; an older one is replaced.
 
     Raises
     ------
@@ -49,12 +48,8 @@ def export_adapter(model: FederatedModel, server: ServerModel, folder: Path) -> 
     try:
         if export_kind(model) == "peft":
             _write_peft(model, server, fresh)
-        elif export_kind(model) == "airtune":
-            write_adapter(model, server, fresh)
         else:
-            adapter = server.adapter
-            parts = {module: [adapter.factors[slot] for slot in slots] for module, slots in adapter.placement.items()}
-            save_bottleneck(fresh, parts, adapter.extras, model.config.name)
+            write_adapter(model, server, fresh)
         fresh.chmod(0o755)
         _replace(folder, fresh)
     except BaseException:

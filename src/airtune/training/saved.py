@@ -7,7 +7,7 @@
 
 ``airtune_adapter.json`` holds the `ModelConfig`, the number of classes and the scalings, ``adapter_model.safetensors``
 the tensors. With MoLE there is no other way: what weighs the experts depends on the text, so that neither a LoRA nor a
-merged weight computes the same, and there is no export of merged weights.
+merged weight computes the same, and there is no export of merged weights. Nor is there with bottleneck adapters.
 """
 
 from __future__ import annotations
