@@ -195,7 +195,37 @@ def test_any_cohort_trains_as_alone(data: st.DataObject) -> None:
     assert worst_distance(engine.train(jobs), both.twin.train(jobs)) < 1e-7
 
 
+@pytest.mark.parametrize("receive_all", [False, True])
+def test_a_prefix_cache_serves_both_engines(receive_all: bool) -> None:
+    model, data = federated("bert", precision="fp64"), tokens()
+    top = {name for name in model.shape.slots if ".layer.1." in name}
+    zero = model.initial_adapter(0)
+    acting = random_adapter(model, 4)
+    factors = {name: (acting if name in top else zero).factors[name] for name in zero.factors}
+    server = ServerModel(zero.with_factors(factors))
+    whole = AdapterSlice.everything(server.adapter.shape)
+    parts = [AdapterSlice({n: np.arange(k) for n in top}, outside="frozen") for k in (1, 2, 4)]
+    jobs = [job(server, c, part, whole if receive_all else None) for c, part in enumerate(parts)]
+    twin = LocalTrainer(model, data, CLIENTS, 7).train(jobs)
+    model.cache_prefix(1e9)
+    assert model.prefix is not None
+    assert worst_distance(CohortTrainer(model, data, CLIENTS, 7, threads=2).train(jobs), twin) < EXACT
+    assert model.prefix.depth == 1 and model.prefix.computed > 0
+
+
 # ------------------------------------------------------------------------------------------------- what must not matter
+
+
+def test_threads_work_side_by_side_to_the_same_bits() -> None:
+    both = pair("bert", precision="fp32")
+    jobs = [j for kind in ("unequal ranks", "depth, frozen below", "sketch") for j in jobs_of(both.server, kind)]
+    before = torch.get_num_threads()
+    engines = [CohortTrainer(both.model, both.tokens, CLIENTS, 7, threads=2) for _ in range(2)]
+    first, second = (engine.train(jobs) for engine in engines)
+    assert torch.get_num_threads() == before
+    assert worst_distance(first, second) == 0.0
+    assert engines[0].work == engines[1].work and engines[0].work.passes > 0
+    assert worst_distance(first, both.cohort.train(jobs)) < 1e-4
 
 
 def test_neither_micro_batches_nor_the_order_of_jobs_matter() -> None:

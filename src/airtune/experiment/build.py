@@ -194,7 +194,8 @@ def _trainer(
     budget = None if engine.memory_budget is None else int(engine.memory_budget)
     if budget is None and engine.workers is not None:  # the workers of this machine share what is free
         budget = automatic_budget(federated.device) // engine.workers
-    made = CohortTrainer(federated, train, clients, experiment.seed, budget, engine.micro_batch_tokens)
+    threads = (engine.threads or 1) if federated.device.type == "cpu" else 1
+    made = CohortTrainer(federated, train, clients, experiment.seed, budget, engine.micro_batch_tokens, threads)
     made.check(experiment.training)
     chosen = replace(engine, memory_budget=float(made.budget), micro_batch_tokens=made.micro_batch_tokens)
     return replace(experiment, engine=chosen), made

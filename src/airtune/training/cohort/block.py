@@ -13,21 +13,21 @@ from torch import Tensor
 from airtune.training.cohort.batches import MicroBatch, Packing
 from airtune.training.cohort.constants import Constants
 from airtune.training.cohort.dropout import ClientDropout
-from airtune.training.cohort.linear import Bound, Replaced, Session
+from airtune.training.cohort.linear import Bound, Session
 from airtune.training.cohort.members import Member, step_counts
-from airtune.training.cohort.network import replacements
 from airtune.training.cohort.optimizers import Settings, StackedOptimizer, clip, stacked_optimizer
 from airtune.training.cohort.setup import Cohort
 from airtune.training.cohort.stacks import Stacks, adapter_of
 from airtune.training.data import TokenizedData
 from airtune.training.losses import loss_by_example
-from airtune.training.model import FederatedModel
+from airtune.training.model import FederatedModel, as_factors
+from airtune.training.shapes import linear_layers
 from airtune.types import Trained
 
 
 @dataclass
 class Work:
-    """What an engine has done: to see how much of it was padding.
+    """What has been done: to see how much of it was padding.
 
     tokens : without padding. places : token places that went through the network. passes : forward passes.
     """
@@ -35,6 +35,12 @@ class Work:
     tokens: int = 0
     places: int = 0
     passes: int = 0
+
+    def add(self, other: Work) -> None:
+        """Count what another has done, too."""
+        self.tokens += other.tokens
+        self.places += other.places
+        self.passes += other.passes
 
     @property
     def padding_share(self) -> float:
@@ -74,7 +80,8 @@ class Block:
     Attributes
     ----------
     model : the base. tokens : all examples. members : the clients, from the most steps to the fewest.
-    packing : how micro-batches are built. seed : of the experiment. work : counts what is done.
+    packing : how micro-batches are built. seed : of the experiment. session : what the replaced layers read.
+    work : counts what is done.
     """
 
     model: FederatedModel
@@ -82,11 +89,11 @@ class Block:
     members: Sequence[Member]
     packing: Packing
     seed: int
+    session: Session
     work: Work = field(default_factory=Work)
 
     def __post_init__(self) -> None:
         """Build stacks, constants, optimizer and penalties."""
-        self.session = Session()
         self.like = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
         cohort = Cohort(self.members, self.like)
         self.stacks: Stacks = cohort.stacks()
@@ -105,15 +112,29 @@ class Block:
         """Train all clients and return their results, in the order of the members."""
         steps, progress = step_counts(self.members), Progress.of(len(self.members))
         before = self._tail_norms()
-        replaced: Replaced = replacements(self.model, self.parts, self.session)
-        with replaced.inside():
-            for step in range(int(steps[0])):
-                active = int((steps > step).sum())
-                if not self._step(step, active, progress):
-                    break
+        self._look_for_a_prefix()
+        for step in range(int(steps[0])):
+            active = int((steps > step).sum())
+            if not self._step(step, active, progress):
+                break
         finite = torch.isfinite(self.stacks.values).all(dim=1).cpu().numpy()
         progress.diverged |= ~finite
         return self._results(progress, before, self._tail_norms())
+
+    def _look_for_a_prefix(self) -> None:
+        """Tell the prefix cache, if there is one, in which lowest layers nothing acts for any client of the block."""
+        prefix, updates = self.model.prefix, self.members[0].job.model.base_update
+        if prefix is None:
+            return
+        touched = {module for member in self.members for module in member.trained.placement}
+        merged = {module: as_factors(update) for module, update in updates.items()}
+        depths: list[int] = []
+        for held in {id(member.held): member.held for member in self.members}.values():
+            prefix.look(touched, held, merged)
+            depths.append(prefix.depth)
+        prefix.depth = min(depths)
+        places = {layer.name: layer.layer for layer in linear_layers(self.model.config_json)}
+        self.parts = {module: parts for module, parts in self.parts.items() if places[module] >= prefix.depth}
 
     def _step(self, step: int, active: int, progress: Progress) -> bool:
         """Take one step with the first `active` clients; return whether any was left."""
@@ -144,10 +165,10 @@ class Block:
         weights, scaling = self.constants.select(members, self._cast)
         weights |= {key: self._cast(leaf) for key, leaf in leaves.items()}
         mask = self.dropout.mask_of(micro, self.members, step)
-        self.session.bound = Bound(micro.rows, micro.segments, weights, scaling, mask)
+        self.session.bound = Bound(micro.rows, micro.segments, self.parts, weights, scaling, mask)
         batch = {name: torch.from_numpy(values) for name, values in self.tokens.batch(micro.indices).items()}
         with torch.enable_grad():
-            logits = self._logits(batch["input_ids"], batch["attention_mask"])
+            logits = self.model.logits(batch["input_ids"], batch["attention_mask"])
             each, _ = loss_by_example(logits, batch["labels"].to(self.like.device))
             shares = each * self._shares(micro, step)
             found = torch.autograd.grad(shares.sum(), list(leaves.values()), allow_unused=True)
@@ -155,12 +176,6 @@ class Block:
         self.stacks.add_gradients(members, found)
         rows = np.repeat(micro.members, [len(chunk.rows) for chunk in micro.chunks])
         losses.index_add_(0, torch.from_numpy(rows).to(losses.device), shares.detach())
-
-    def _logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        ids, mask = input_ids.to(self.like.device), attention_mask.to(self.like.device)
-        ids = ids.masked_fill(mask == 0, self.model.pad_token_id)
-        output = self.model.network(input_ids=ids, attention_mask=mask)
-        return output.logits.to(self.like.dtype)
 
     def _shares(self, micro: MicroBatch, step: int) -> Tensor:
         """Return what one unit of an example's summed loss is worth in its client's mean, [rows]."""

@@ -7,6 +7,7 @@ serves it. A weight that all clients share is an ordinary matrix [out, in].
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ class Bound:
     Attributes
     ----------
     rows : of the micro-batch. segments : which clients they belong to.
+    parts : module -> the low-rank parts that act there.
     weights : key -> [clients, out, in], or [out, in] where all clients share it; biases [clients, out] or [out].
     scaling : name -> one number for all, or [clients, 1, 1].
     mask : dropout, None without.
@@ -69,14 +71,14 @@ class Bound:
 
     rows: int
     segments: Sequence[Segment]
+    parts: Mapping[str, Sequence[Part]]
     weights: Mapping[Key, Tensor]
     scaling: Mapping[str, float | Tensor]
     mask: Mask | None = None
 
 
-@dataclass
-class Session:
-    """What the replaced layers read: the bound micro-batch."""
+class Session(threading.local):
+    """What the replaced layers read: the bound micro-batch of the thread that runs them."""
 
     bound: Bound | None = None
 
@@ -140,15 +142,15 @@ def add_part(output: Tensor, x: Tensor, part: Part, bound: Bound) -> Tensor:
 class AdaptedLayer:
     """The forward pass of an adapted layer: its frozen base, and the parts of this micro-batch's clients."""
 
+    name: str
     base: nn.Module
-    parts: Sequence[Part]
     session: Session
 
     def __call__(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         """Return [rows, ..., out]."""
-        output = self.base(x)
-        for part in self.parts:
-            output = add_part(output, x, part, self.session.current())
+        output, bound = self.base(x), self.session.current()
+        for part in bound.parts.get(self.name, ()):
+            output = add_part(output, x, part, bound)
         return output
 
 

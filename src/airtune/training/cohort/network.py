@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from airtune.errors import InputError
-from airtune.training.cohort.linear import AdaptedLayer, HeadLayer, Part, Replaced, Session
+from airtune.training.cohort.linear import AdaptedLayer, HeadLayer, Replaced, Session
 from airtune.training.cohort.members import TWIN
 from airtune.training.model import FederatedModel
 from airtune.training.shapes import is_gain, placement_of
@@ -21,12 +21,12 @@ def head_keys(model: FederatedModel) -> tuple[str, ...]:
     return tuple(name for name in model.shape.extras if not is_gain(name))
 
 
-def replacements(model: FederatedModel, parts: Mapping[str, Sequence[Part]], session: Session) -> Replaced:
-    """Return the forward passes for one block: of every adapted layer, and of the head's layers."""
+def replacements(model: FederatedModel, session: Session) -> Replaced:
+    """Return the forward passes of every adapted layer, and of the head's layers."""
     forwards: dict[nn.Module, Callable[..., Tensor]] = {}
     for name in placement_of(model.shape):
         layer = model.network.get_submodule(name)
-        forwards[layer] = AdaptedLayer(layer.base_layer, parts.get(name, ()), session)
+        forwards[layer] = AdaptedLayer(name, layer.base_layer, session)
     for module, names in _head_modules(model).items():
         weight, bias = f"{module}.weight", f"{module}.bias"
         forwards[model.network.get_submodule(module)] = HeadLayer(

@@ -13,14 +13,18 @@ depends on the jobs and on the engine's two numbers alone, so equal runs give eq
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+
+import torch
 
 from airtune.errors import InputError
 from airtune.training.cohort.batches import Indices, Packing
 from airtune.training.cohort.block import Block, Work
+from airtune.training.cohort.linear import Session
 from airtune.training.cohort.members import Member, check_training, grouped, members_of
 from airtune.training.cohort.memory import STATE_SHARE, automatic_budget, block_clients, bytes_per_token
-from airtune.training.cohort.network import check_model
+from airtune.training.cohort.network import check_model, replacements
 from airtune.training.data import TokenizedData
 from airtune.training.local import LocalTrainer
 from airtune.training.model import FederatedModel
@@ -40,6 +44,8 @@ class CohortTrainer:
     seed : the experiment's seed.
     memory_budget : bytes for activations and stacks; None: half of what is free when the engine is made.
     micro_batch_tokens : most token places of a micro-batch; None: what the budget allows, on a CPU at most 2048.
+    threads : blocks that are trained side by side, each on one core; they share the base. Groups are cut into as many
+        blocks at least, so the number has its part in how sums are grouped. With a prefix cache blocks take turns.
     work : counts what was done, among others the share of padding.
     """
 
@@ -49,6 +55,7 @@ class CohortTrainer:
     seed: int
     memory_budget: int | None = None
     micro_batch_tokens: int | None = None
+    threads: int = 1
     work: Work = field(default_factory=Work, compare=False)
 
     def __post_init__(self) -> None:
@@ -96,18 +103,41 @@ class CohortTrainer:
         ValueError : a client has no examples, or its slice trains nothing.
         """
         twin = LocalTrainer(self.model, self.tokens, self.clients, self.seed)
+        blocks = [block for group in grouped(members_of(jobs, twin)) for block in self._blocks(group)]
+        session = Session()
+        with replacements(self.model, session).inside():
+            found = self._side_by_side(blocks, session)
         results: dict[int, Trained] = {}
-        for group in grouped(members_of(jobs, twin)):
-            for members in self._blocks(group):
-                block = Block(self.model, self.tokens, members, self.packing, self.seed, self.work)
-                found = block.train()
-                results.update({member.place: trained for member, trained in zip(members, found, strict=True)})
+        for members, (trained, work) in zip(blocks, found, strict=True):
+            results.update({member.place: result for member, result in zip(members, trained, strict=True)})
+            self.work.add(work)
         return [results[place] for place in range(len(jobs))]
 
+    def _side_by_side(
+        self, blocks: Sequence[Sequence[Member]], session: Session
+    ) -> list[tuple[Sequence[Trained], Work]]:
+        """Train the blocks, several at a time where there are threads for it; the results do not depend on that."""
+
+        def one(members: Sequence[Member]) -> tuple[Sequence[Trained], Work]:
+            block = Block(self.model, self.tokens, members, self.packing, self.seed, session)
+            return block.train(), block.work
+
+        threads = min(self.threads, len(blocks))
+        if threads < 2 or self.model.prefix is not None:
+            return [one(members) for members in blocks]
+        whole = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                return list(pool.map(one, blocks))
+        finally:
+            torch.set_num_threads(whole)
+
     def _blocks(self, group: Sequence[Member]) -> list[Sequence[Member]]:
+        """Cut a group into blocks that fit the budget, as many as there are threads where it has the clients."""
         width = max(_values(member) for member in {id(m.trained): m for m in group}.values())
-        size = block_clients(self.budget, width, self.model.dtype.itemsize)
-        return [group[start : start + size] for start in range(0, len(group), size)]
+        size = block_clients(self.budget // self.threads, width, self.model.dtype.itemsize)
+        count = min(len(group), max(self.threads, -(-len(group) // size)))
+        return [group[start::count] for start in range(count)]
 
     def _affordable_tokens(self) -> int:
         length = max(int(self.tokens.lengths.max(initial=1)), 1)
@@ -117,11 +147,11 @@ class CohortTrainer:
             value_bytes=2 if self.model.precision == "bf16" else self.model.dtype.itemsize,
             causal=self.tokens.task == "causal-lm",
         )
-        most = int((1.0 - STATE_SHARE) * self.budget / each)
+        most = int((1.0 - STATE_SHARE) * self.budget / self.threads / each)
         if most < length:
             raise InputError(
                 f"training.memory_budget: {self.budget} bytes do not hold one example of {length} tokens, which "
-                f"takes about {length * each / (1.0 - STATE_SHARE):.0f}"
+                f"takes about {self.threads * length * each / (1.0 - STATE_SHARE):.0f}"
             )
         return most
 
