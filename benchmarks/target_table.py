@@ -6,7 +6,8 @@ DIR are folders of `airtune compare` or `airtune run`; runs of several folders a
 worst, over methods and seeds, of the best value reached, unless it is given. Waiting is what a client of a round waits
 for the round's end, averaged over the clients and the rounds up to the target. Values are means and standard deviations
 over seeds; a method that misses the target with some seed says how many reached it, and its means are over those.
-Ratios are paired by seed: the geometric mean of the method's cost over the reference's.
+Ratios are paired by seed: the geometric mean of the method's cost over the reference's. Where rounds record their
+aggregation error ([evaluation] aggregation_error), its mean over the rounds is shown, too.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ from airtune.report.tables import default_target, final_value, reached, spread
 
 Row = dict[str, float | None]
 COLUMNS = ("time, s", "wait, s", "uplink, Mbit", "downlink, Mbit", "energy, J", "final, %")
+MORE = ("rounds", "aggregation error")
 RATIOS = ("time, s", "wait, s", "uplink, Mbit", "energy, J")
 
 
 def costs(run: Run, target: float) -> Row:
     """Return the costs of one run until its first evaluation at or beyond the target; None where it missed it."""
     found, final = reached(run, target), final_value(run)
-    row: Row = dict.fromkeys(COLUMNS)
+    row: Row = dict.fromkeys((*COLUMNS, *MORE))
     row["final, %"] = None if final is None else 100 * final
+    row["rounds"] = float(run.rounds[-1].number)
+    errors = [line.diagnostics["aggregation_error"] for line in run.rounds if "aggregation_error" in line.diagnostics]
+    row["aggregation error"] = math.fsum(errors) / len(errors) if errors else None
     if found is None:
         return row
     waits = [c.wait_s for line in run.rounds if 0 < line.number <= found.round for c in line.clients]
@@ -43,12 +48,12 @@ def costs(run: Run, target: float) -> Row:
 
 
 def cell(values: Sequence[float | None], of: int) -> str:
-    """Return "mean ± sd", and how many of the seeds there are if some are missing."""
+    """Return "mean ± sd", and of how many seeds if some are missing; "-" if all are (missed, or not defined)."""
     present = [value for value in values if value is not None]
     found = spread(present)
     if found is None:
-        return "missed"
-    digits = 1 if abs(found.mean) >= 10 else 2
+        return "-"
+    digits = 1 if abs(found.mean) >= 10 else 2 if abs(found.mean) >= 0.1 or found.mean == 0 else 4
     text = f"{found.mean:.{digits}f}" + ("" if found.deviation is None else f" ± {found.deviation:.{digits}f}")
     return text if len(present) == of else f"{text} ({len(present)} of {of})"
 
@@ -78,9 +83,11 @@ def main() -> None:
         table.setdefault(run.method, {})[run.seed] = costs(run, target)
     seeds = max(len(rows) for rows in table.values())
     print(f"Target {100 * target:.1f} %, {seeds} seeds.\n")
-    print("| method | " + " | ".join(COLUMNS) + " |\n" + "| --- " * (len(COLUMNS) + 1) + "|")
+    measured = any(row["aggregation error"] is not None for rows in table.values() for row in rows.values())
+    columns = (*COLUMNS, *MORE) if measured else COLUMNS
+    print("| method | " + " | ".join(columns) + " |\n" + "| --- " * (len(columns) + 1) + "|")
     for name, rows in table.items():
-        cells = [cell([row[column] for row in rows.values()], seeds) for column in COLUMNS]
+        cells = [cell([row[column] for row in rows.values()], seeds) for column in columns]
         print(f"| `{name}` | " + " | ".join(cells) + " |")
     print(
         f"\n| cost over that of `{given.reference}` | "
