@@ -1,4 +1,8 @@
-"""Kinds of adapters x optimizers x methods: every triple runs a round, or is refused with the reason given here."""
+"""Kinds of adapters x optimizers x methods: every triple runs, or is refused with the reason given here.
+
+All refusals are checked here, and a part of the runs: every kind under every method, and with every optimizer. The slow
+test runs all triples that are not refused.
+"""
 
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -62,7 +66,7 @@ def model_of(kind):
     return federated("bert", adapter=kind)
 
 
-def one_round(kind, optimizer, name, rounds, method=None):
+def run_of(kind, optimizer, name, rounds, method=None):
     """Check, build and run as an experiment does."""
     method = method or method_of(name, optimizer)
     check_combination(ModelConfig(adapter=kind), method, name)
@@ -134,17 +138,9 @@ def test_every_kind_under_every_method_trains_or_says_why_not(name):
             attempt(kind, "adamw", name)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_optimizer_under_every_method_trains(name):
-    for optimizer in OPTIMIZERS:
-        kind = "mole" if name == "mole" else "lora"
-        if reason(kind, optimizer, name) is None:
-            attempt(kind, optimizer, name)
-
-
 @pytest.mark.parametrize("kind", ADAPTER_KINDS)
 def test_every_kind_with_every_optimizer_trains(kind):
-    for optimizer, name in product(OPTIMIZERS, ("fedit", "flexlora", "ffa-lora", "mole")):
+    for optimizer, name in product(OPTIMIZERS, ("fedit", "flexlora", "galore-avg")):
         if reason(kind, optimizer, name) is None:
             attempt(kind, optimizer, name)
 
@@ -152,10 +148,10 @@ def test_every_kind_with_every_optimizer_trains(kind):
 RANKS_OF_THEIR_OWN = {("msp-lora", "legend"): "msp-lora has ranks of its own"}
 
 
-def attempt(kind, optimizer, name):
-    """Run two rounds; where the sizes do not fit the method says so."""
+def attempt(kind, optimizer, name, rounds=1):
+    """Run some rounds; where the sizes do not fit the method says so."""
     try:
-        _, record = one_round(kind, optimizer, name, rounds=2)
+        _, record = run_of(kind, optimizer, name, rounds)
     except InputError as error:
         assert RANKS_OF_THEIR_OWN.get((kind, name), "not expected") in str(error), (kind, optimizer, name)
         return
@@ -168,14 +164,14 @@ def attempt(kind, optimizer, name):
 def test_every_triple_that_is_not_refused_runs(name):
     for kind, optimizer in product(ADAPTER_KINDS, OPTIMIZERS):
         if reason(kind, optimizer, name) is None:
-            attempt(kind, optimizer, name)
+            attempt(kind, optimizer, name, rounds=2)
 
 
 @pytest.mark.parametrize("name", ["ffa-lora", "fedsvd"])
 def test_galore_goes_with_a_factor_that_is_drawn_orthonormal(name):
     method = replace(method_of(name, "galore"), rows="orthonormal")
     check_combination(ModelConfig(), method, name)
-    _, record = one_round("lora", "galore", name, rounds=2, method=method)
+    _, record = run_of("lora", "galore", name, rounds=2, method=method)
     assert record.arrived and not record.dropped
 
 
