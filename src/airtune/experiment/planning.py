@@ -65,7 +65,7 @@ def plan_round(experiment: Experiment, examples: Floats | None = None) -> Plain:
     assumed = assume(experiment)
     if examples is not None:
         assumed = replace(assumed, notes=tuple(note for note in assumed.notes if note != EQUAL_SHARES))
-    cell, model = _world(experiment, assumed, examples)
+    cell, model = planned_world(experiment, assumed, examples)
     method, seed = experiment.method, experiment.seed
     seen = cell.observe(1, 0.0, Pending(), model)
     plan = method.plan(method.init(model, cell.fleet), seen, stream(seed, "plan", 1))
@@ -128,7 +128,7 @@ def _end(group: Group, tasks: list[PredictedTask]) -> float:
 # --------------------------------------------------------------------------------------------------------------- world
 
 
-def _world(experiment: Experiment, assumed: Assumptions, examples: Floats | None) -> tuple[Cell, ServerModel]:
+def planned_world(experiment: Experiment, assumed: Assumptions, examples: Floats | None) -> tuple[Cell, ServerModel]:
     """Return the cell and a model of which only the sizes are real."""
     config = read_config(experiment.model.name)
     shape = adapter_shape(config, experiment.model, assumed.classes)
