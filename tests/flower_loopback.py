@@ -12,6 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from airtune.deploy.flower.device import device_of
 from airtune.deploy.flower.options import ServerOptions
+from airtune.deploy.flower.probe import answer
 
 Spoil = Callable[["Delivery"], Any]  # a message, several, or None
 
@@ -38,6 +39,8 @@ class Delivery:
         state = self.grid.states.setdefault(self.node, RecordDict())
         if self.kind == "query.facts":
             return self.reply(device.facts(measure=False))
+        if self.kind == "query.probe":
+            return self.reply(answer(self.message.content))
         if self.kind == "evaluate":
             return self.reply(device.evaluate(self.message.content, state))
         return self.reply(device.train(self.message.content, state, 0.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,14 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from safetensors.torch import load_file
 
 from airtune.deploy.flower.codec import from_array, to_array
-from airtune.deploy.flower.server_app import serve
+from airtune.deploy.flower.mail import Mail
+from airtune.deploy.flower.probe import BYTES, RESOLUTION
+from airtune.deploy.flower.server_app import environment_of, serve
 from airtune.errors import InputError, NoResultError
-from airtune.experiment.build import Workshop
+from airtune.experiment.build import Workshop, build
 from airtune.experiment.config import read_file
 from airtune.experiment.run import Session, start
+from airtune.types import Pending
 from flower_loopback import Delivery, LoopbackGrid, Spoil, fleet_of_nodes, options_for
 from tiny_experiment import head_of, lines_of, write_experiment
 
@@ -292,3 +295,40 @@ def test_an_occupied_folder_is_refused_unless_asked_to_go_on(task: Path, tmp_pat
     before = head_of(tmp_path / "out")
     over_flower(task, tmp_path / "out", overrides="stop.rounds=1", resume=True)
     assert head_of(tmp_path / "out") == before
+
+
+# -- what devices say of themselves -----------------------------------------------------------------------------------
+
+
+def test_planners_see_measured_speeds_rates_and_memory(task: Path, tmp_path: Path) -> None:
+    options = options_for(task, tmp_path / "out", observe="measured", measure=True)
+    nodes = fleet_of_nodes(CLIENTS, gflops=2.0, memory_gb=3.0)
+    slow = next(node for node, config in nodes.items() if config["partition-id"] == 4)
+    nodes[slow] = {"partition-id": 4, "gflops": 0.5, "memory-gb": 3.0, "uplink-mbit-s": 0.25, "downlink-mbit-s": 2.0}
+    grid = LoopbackGrid(options, {node: kebab_keys(config) for node, config in nodes.items()})
+    bench = build(read_file(task).experiment(), Workshop())
+    environment = environment_of(bench, Mail(grid), options)
+    environment.nodes.wait(CLIENTS, 0.01)
+    seen = environment.observe(1, 0.0, Pending(), bench.start)
+    assert seen.fleet.flops_per_second.tolist() == [2e9] * 4 + [5e8, 2e9]
+    assert set(seen.fleet.memory_bytes.tolist()) == {3e9}
+    assert seen.links.fixed_uplink_rate is not None and seen.links.fixed_downlink_rate is not None
+    assert seen.links.fixed_uplink_rate.tolist() == [8 * BYTES / RESOLUTION] * 4 + [0.25e6, 8 * BYTES / RESOLUTION]
+    assert seen.links.fixed_downlink_rate[4] == 2e6
+    assert seen.links.uplink_gain[4] == seen.links.uplink_gain.min()
+    asked = [message.metadata.message_type for message in grid.sent]
+    assert asked.count("query.facts") == CLIENTS and asked.count("query.probe") == 3 * (CLIENTS - 1)
+    assert environment.costs_now(bench.start).fleet.flops_per_second[4] == 5e8
+
+
+def kebab_keys(config: Mapping[str, object]) -> dict[str, object]:
+    return {name.replace("_", "-"): value for name, value in config.items()}
+
+
+@pytest.mark.parametrize("method", ["legend", "soft", "tsfa"])
+def test_methods_run_on_measured_fleets(task: Path, tmp_path: Path, method: str) -> None:
+    options = options_for(task, tmp_path / "out", observe="measured", method=method)
+    serve(LoopbackGrid(options, fleet_of_nodes(CLIENTS, **{"uplink-mbit-s": 1.0, "downlink-mbit-s": 8.0})), options)
+    lines = lines_of(tmp_path / "out")
+    assert len(lines) == 3 and all(line["arrived"] == sorted(line["cohort"]) for line in lines[1:])
+    assert all(client["compute_s"] >= 0.0 and client["bits_up"] > 0 for client in lines[1]["clients"])

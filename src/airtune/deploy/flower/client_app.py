@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 
 from airtune.clock import host_seconds
 from airtune.deploy.device.relay import relay_of
+from airtune.deploy.flower.probe import answer
 
 app = ClientApp()
 
@@ -39,6 +40,12 @@ def evaluate(message: Message, context: Context) -> Message:
 
     device = device_of(context.run_config, context.node_config)
     return Message(device.evaluate(message.content, context.state), reply_to=message)
+
+
+@app.query("probe")
+def probe(message: Message, context: Context) -> Message:
+    """Answer with as many bytes as the server wants: it times them."""
+    return Message(answer(message.content), reply_to=message)
 
 
 @app.query("facts")

@@ -18,6 +18,7 @@ from airtune.clock import WallClock
 from airtune.deploy.flower.codec import PayloadError
 from airtune.deploy.flower.facts import Facts, differences, read_facts
 from airtune.deploy.flower.mail import Mail
+from airtune.deploy.flower.probe import PROBE, Probe
 from airtune.errors import NoResultError
 
 log = logging.getLogger("flwr")
@@ -34,6 +35,7 @@ class Nodes:
     identity : what a device must have in common with the server.
     measure : whether devices measure themselves. wait_seconds : until a question is dropped.
     known : node -> what it said. refused : node -> why. asked : id of our question -> node.
+    probes : node -> the measurement of its link that is under way. clock : times it.
     """
 
     mail: Mail
@@ -44,20 +46,25 @@ class Nodes:
     known: dict[int, Facts] = field(default_factory=dict[int, Facts])
     refused: dict[int, str] = field(default_factory=dict[int, str])
     asked: dict[str, int] = field(default_factory=dict[str, int])
+    probes: dict[int, Probe] = field(default_factory=dict[int, Probe])
+    clock: WallClock[None] = field(default_factory=lambda: WallClock[None]())
 
     def update(self) -> None:
         """Look who is there, ask who is new, read who answered, forget who has left."""
         present = set(self.mail.carrier.get_node_ids())
         self.known = {node: facts for node, facts in self.known.items() if node in present}
         self.refused = {node: reason for node, reason in self.refused.items() if node in present}
+        self.probes = {node: probe for node, probe in self.probes.items() if node in present}
         for question in [q for q, node in self.asked.items() if node not in present]:
             self.mail.forget(question)
             del self.asked[question]
         for node in sorted(present - set(self.known) - set(self.refused) - set(self.asked.values())):
-            content = RecordDict({"query": ConfigRecord({"measure": self.measure})})
-            question = self.mail.send(node, QUERY, content, "facts", self.wait_seconds)
-            if question is not None:
-                self.asked[question] = node
+            self._ask(node, QUERY, RecordDict({"query": ConfigRecord({"measure": self.measure})}))
+
+    def _ask(self, node: int, kind: str, content: RecordDict) -> None:
+        question = self.mail.send(node, kind, content, "facts", self.wait_seconds)
+        if question is not None:
+            self.asked[question] = node
 
     def read(self, answers: Mapping[str, Message]) -> Mapping[str, Message]:
         """Take the answers to our questions out of what was collected, and return the rest."""
@@ -74,19 +81,30 @@ class Nodes:
         try:
             if answer.has_error():
                 raise PayloadError(first_line(answer.error.reason))
-            facts = read_facts(answer.content)
+            probe = self.probes.pop(node, None)
+            facts = read_facts(answer.content) if probe is None else probe.facts
             self._check(facts)
         except PayloadError as error:
             self.refused[node] = str(error)
             log.warning("node %s is refused: %s", node, error)
             return
+        if probe is not None:
+            probe.answered(self.clock.now)
+        elif self.measure:
+            probe = Probe(facts)
+        if probe is not None and probe.wanted and not probe.done:
+            self.probes[node] = probe
+            self._ask(node, PROBE, probe.question(self.clock.now))
+            return
+        facts = probe.result() if probe is not None and probe.done else facts
         self.known[node] = facts
         log.info("client %s is node %s: %s, %s examples", facts.client, node, facts.device, facts.examples)
 
     def _check(self, facts: Facts) -> None:
         if facts.client >= self.clients:
             raise PayloadError(f"partition-id {facts.client}: the experiment has clients 0 to {self.clients - 1}")
-        if other := [node for node, found in self.known.items() if found.client == facts.client]:
+        others = [*self.known.items(), *((node, probe.facts) for node, probe in self.probes.items())]
+        if other := [node for node, found in others if found.client == facts.client]:
             raise PayloadError(f"partition-id {facts.client}: node {other[0]} is this client already")
         if found := differences(self.identity, facts.identity):
             raise PayloadError(f"its {', '.join(found)} differ from the server's")

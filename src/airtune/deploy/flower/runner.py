@@ -76,7 +76,7 @@ class FlowerRunner:
         kept = sitting.close()
         self.under_way = {(flight.task.client, flight.round): flight for flight in kept}
         outcome = RoundOutcome(
-            plan=_with_incidents(plan, sitting.incidents),
+            plan=with_incidents(plan, sitting.incidents),
             fleet=sitting.costs.fleet,
             updates=tuple(sorted(sitting.updates, key=lambda update: update.task.client)),
             lost=tuple(sorted(sitting.lost, key=lambda lost: lost.task.client)),
@@ -86,7 +86,7 @@ class FlowerRunner:
         )
         for lost in outcome.lost:
             log.warning("round %s: client %s is left out: %s", round_index, lost.task.client, lost.reason)
-        following = _next_pending(pending, outcome, kept, sitting, model)
+        following = next_pending(pending, outcome, kept, sitting, model)
         self.owners = _owners(plan, following)
         return outcome, following
 
@@ -99,12 +99,12 @@ def _owners(plan: Plan, pending: Pending) -> dict[int, int]:
     return {client: number for client, number in rounds.items() if number}
 
 
-def _with_incidents(plan: Plan, incidents: Sequence[Mapping[str, Any]]) -> Plan:
+def with_incidents(plan: Plan, incidents: Sequence[Mapping[str, Any]]) -> Plan:
     """Return the plan with what happened beside it, so that rounds.jsonl names it."""
     return replace(plan, notes={**plan.notes, "incidents": list(incidents)}) if incidents else plan
 
 
-def _next_pending(
+def next_pending(
     pending: Pending, outcome: RoundOutcome, kept: Sequence[Flight], sitting: Sitting, model: ServerModel
 ) -> Pending:
     """Return what outlives the round. The clients' memories are theirs: only the round of each is known here."""

@@ -75,16 +75,7 @@ def serve(carrier: Carrier, options: ServerOptions, *, command: str = "") -> Pla
 def actors_of(bench: Bench, carrier: Carrier, options: ServerOptions) -> Actors:
     """Return the environment and the runner that stand for real devices."""
     mail = Mail(carrier)
-    clients = bench.experiment.fleet.clients
-    nodes = Nodes(mail, clients, identity_of(bench), options.measure, options.wait_seconds)
-    environment = FlowerEnvironment(
-        nodes=nodes,
-        cell=bench.cell,
-        costs=bench.cell.costs,
-        measured=options.observe == "measured",
-        smallest_fleet=min(options.nodes or clients, clients),
-        poll_seconds=options.poll_seconds,
-    )
+    environment = environment_of(bench, mail, options)
     runner = FlowerRunner(
         mail=mail,
         environment=environment,
@@ -94,6 +85,19 @@ def actors_of(bench: Bench, carrier: Carrier, options: ServerOptions) -> Actors:
         max_norm=options.max_norm,
     )
     return Actors(environment, runner, FlowerEvaluation(bench.evaluate, runner, options.round_seconds))
+
+
+def environment_of(bench: Bench, mail: Mail, options: ServerOptions) -> FlowerEnvironment:
+    """Return the environment that asks devices over `mail`."""
+    clients = bench.experiment.fleet.clients
+    return FlowerEnvironment(
+        nodes=Nodes(mail, clients, identity_of(bench), options.measure, options.wait_seconds),
+        cell=bench.cell,
+        costs=bench.cell.costs,
+        measured=options.observe == "measured",
+        smallest_fleet=min(options.nodes or clients, clients),
+        poll_seconds=options.poll_seconds,
+    )
 
 
 @dataclass(frozen=True)

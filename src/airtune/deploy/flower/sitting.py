@@ -95,6 +95,7 @@ class Sitting:
 
     Attributes
     ----------
+    always_whole : send each task with the whole model at once.
     updates, lost : what came of the tasks. incidents : what else happened, for the record.
     reached : clients to which a message went. forgotten : clients that have lost their own state.
     """
@@ -111,6 +112,7 @@ class Sitting:
     limit: float
     max_norm: float
     abandoned: dict[str, tuple[int, int]]
+    always_whole: bool = False
     updates: list[ClientUpdate] = field(default_factory=list[ClientUpdate])
     lost: list[LostTask] = field(default_factory=list[LostTask])
     incidents: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
@@ -138,7 +140,7 @@ class Sitting:
 
     def _flight(self, task: ClientTask, model: ServerModel, round_index: int, started_at: float) -> Flight:
         memory_round = int(self.pending.reports.get(task.client, {}).get(MEMORY_ROUND, 0))
-        return Flight(task, round_index, model, model.version, started_at, memory_round)
+        return Flight(task, round_index, model, model.version, started_at, memory_round, whole=self.always_whole)
 
     def _dispatch(self, table: _Table, flight: Flight, now: float) -> None:
         table.waiting.append(flight)
@@ -269,6 +271,12 @@ class Sitting:
             flight = self._flight(update.task, table.model, self.round, self.start)
             flight.version, flight.cycle = self.model.version, table.cycle
             self._dispatch(table, flight, now)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Replace the ids of messages that got their final one only when they were handed over."""
+        self.mail.open = {names.get(name, name) for name in self.mail.open}
+        for flight in (flight for table in self._tables for flight in table.waiting):
+            flight.message = names.get(flight.message or "", flight.message)
 
     def over(self, now: float) -> bool:
         """Return whether the round has ended for all its groups."""
