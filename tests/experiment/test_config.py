@@ -136,6 +136,23 @@ def test_tables_on_the_command_line_are_json_or_toml() -> None:
         assert ExperimentFile("x", BASE, {"fleet.devices": text}).experiment().fleet.devices == {"pixel-8": 3}
 
 
+def test_an_override_may_be_an_inline_table(tmp_path: Path) -> None:
+    path = write_experiment(tmp_path)
+    text = '{ type = "dirichlet", alpha = 0.25 }'
+    found = read_file(path, {"data.partition": text}).experiment("fedit").partition
+    assert type(found) is PARTITIONERS["dirichlet"]
+    assert (
+        found
+        == read_file(path, {"data.partition": "dirichlet", "data.partition.alpha": "0.25"})
+        .experiment("fedit")
+        .partition
+    )
+    private = read_file(path, {"training.privacy": "{ largest_norm = 0.5 }"}).experiment("fedit").training.privacy
+    assert private is not None and private.largest_norm == 0.5
+    with pytest.raises(InputError, match=r"data\.partition: .*no inline table"):
+        read_file(path, {"data.partition": "{ type = dirichlet }"})
+
+
 def test_an_override_makes_a_name_a_table() -> None:
     made = ExperimentFile("x", {**BASE, "method": "fedit"}, {"method.cohort_size": "1"}).experiment()
     assert made.method.cohort_size == 1  # type: ignore[attr-defined]

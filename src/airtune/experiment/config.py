@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -176,7 +177,18 @@ def read_file(path: Path, overrides: Mapping[str, Any] | None = None) -> Experim
     if "name" in tables:
         _check_name("name", tables["name"])
     tables = absolute_paths(tables, path.resolve().parent)
-    return ExperimentFile(tables.get("name", path.stem), tables, absolute_overrides(overrides or {}, Path.cwd()))
+    given = {name: _inline_table(name, value) for name, value in (overrides or {}).items()}
+    return ExperimentFile(tables.get("name", path.stem), tables, absolute_overrides(given, Path.cwd()))
+
+
+def _inline_table(name: str, value: Any) -> Any:
+    """Return the table that a text like ``{ type = "iid" }`` is in TOML; other values as they are."""
+    if not isinstance(value, str) or not value.strip().startswith("{"):
+        return value
+    try:
+        return tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{name}: {value!r} is no inline table ({error}); valid: {{ key = value, ... }}") from error
 
 
 def read_experiment(plain: Plain, label: str | None = None) -> Experiment:
