@@ -1,8 +1,8 @@
 """How long do rounds really take, against what the plan said? Real training, real payloads, really shaped links.
 
 Each device is a resident trainer with a processor quota (its speed) behind a link of its own in a network namespace.
-Before each round the links get the rates of the plan's bandwidth split (a token bucket at both ends). A run of its
-own calibrates (`airtune.deploy.prediction`); the others are judged. All traffic stays inside the namespaces.
+Before each round the links get the rates of the plan's bandwidth split (a token bucket at both ends). Runs of
+their own calibrate (`airtune.deploy.prediction`); the others are judged. All traffic stays inside the namespaces.
 
     python benchmarks/predicted_vs_measured.py --transport flower --json predicted.json       (as root)
 
@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 APP = HERE.parent / "deploy" / "app"
 CLI = [sys.executable, "-c", "import sys; from airtune.cli import main; sys.exit(main())"]
 CORES = (0.12, 0.14, 0.16, 0.18, 0.20, 0.22, 0.25, 0.30)  # 1.57 together: below the two cores of a small machine
+CALIBRATION = ("calibration", "calibration-short")  # the same with fewer local steps: training apart from overhead
 METHODS = ("fedit", "legend", "adaptive-sampling")
 PORT = 8000
 
@@ -136,16 +137,16 @@ class Run:
         if process.wait(seconds) != 0:
             raise RuntimeError(f"{name} failed:\n{self.log(name)[-4000:]}")
 
-    def end_one(self, process: subprocess.Popen[bytes]) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)
-
-    def end(self) -> None:
-        for process in reversed(self.running):
-            self.end_one(process)
+    def end(self, *chosen: subprocess.Popen[bytes]) -> None:
+        """End some processes, or all of them, with their sessions."""
+        ending = list(chosen) or self.running
+        for number, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 20.0)):
+            for process in ending:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+            end = time.monotonic() + seconds
+            while time.monotonic() < end and any(process.poll() is None for process in ending):
+                time.sleep(0.1)
 
 
 def prepare(run: Run, steps: int) -> tuple[Path, float]:
@@ -206,7 +207,9 @@ def over_sockets(run: Run, experiment: Path, jobs: list[dict[str, Any]]) -> None
 def over_flower(run: Run, experiment: Path, jobs: list[dict[str, Any]]) -> None:
     app = run.folder / "app"
     shutil.copytree(APP, app)
-    (app / "airtune_app" / "server_app.py").write_text("from predicted_vs_measured_rounds import app  # noqa: F401\n")
+    (app / "airtune_app" / "server_app.py").write_text(
+        'from predicted_vs_measured_rounds import app\n\n__all__ = ["app"]\n'
+    )
     (run.folder / "flwr").mkdir()
     (run.folder / "flwr" / "config.toml").write_text(
         f'[superlink]\ndefault = "b"\n[superlink.b]\naddress = "127.0.0.1:{PORT}"\ninsecure = true\n'
@@ -228,10 +231,15 @@ def over_flower(run: Run, experiment: Path, jobs: list[dict[str, Any]]) -> None:
         run.finish(process, name, 3000)
 
 
-def analyse(folder: Path, calibration: str, outs: list[str]) -> dict[str, Any]:
-    """Return errors before and after calibration, by method and together."""
-    model = fit(read_rounds(folder / calibration))
-    table: dict[str, Any] = {"calibration": vars(model) | {"rounds": len(read_rounds(folder / calibration))}}
+def analyse(folder: Path, outs: list[str]) -> dict[str, Any]:
+    """Return errors before and after calibration, by method and together.
+
+    The first round of a calibration run is left out: devices do some things for the first time in it.
+    """
+    runs = [folder / name for name in CALIBRATION if (folder / name).is_dir()]
+    used = [each for run in runs for each in read_rounds(run) if each.round > 1]
+    model = fit(used)
+    table: dict[str, Any] = {"calibration": {**vars(model), "rounds": len(used)}}
     together: list[MeasuredRound] = []
     for out in outs:
         rounds = read_rounds(folder / out)
@@ -267,6 +275,14 @@ def summary(rounds: list[MeasuredRound], model: Any) -> dict[str, Any]:
     return found
 
 
+def report(found: dict[str, Any], folder: Path, methods: list[str], arguments: argparse.Namespace) -> int:
+    found |= analyse(folder, methods)
+    print(json.dumps(found, indent=1))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
 def interrupt(*_: object) -> None:
     """End as Ctrl-C does: with everything cleaned up."""
     raise KeyboardInterrupt
@@ -276,12 +292,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--transport", choices=("flower", "sockets"), default="flower")
     parser.add_argument("--rounds", type=int, default=6, help="of each method")
-    parser.add_argument("--calibration", type=int, default=6, help="rounds of the separate calibration run")
+    parser.add_argument("--calibration", type=int, default=4, help="rounds of each calibration run")
     parser.add_argument("--steps", type=int, default=8, help="local steps")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--keep", metavar="DIR", help="keep logs and runs here")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--analyse", metavar="DIR", help="only read the runs that --keep kept")
     arguments = parser.parse_args()
+    methods = arguments.methods.split(",")
+    if arguments.analyse:
+        return report({"transport": arguments.transport, "cores": CORES}, Path(arguments.analyse), methods, arguments)
     if reason := why_not():
         print(f"skipped: {reason}")
         return 0
@@ -289,11 +309,11 @@ def main() -> int:
         signal.signal(number, interrupt)
     folder = Path(arguments.keep or tempfile.mkdtemp(prefix="pvm-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    limit = f"stop.rounds={arguments.calibration} method.cohort_size=5"
     jobs: list[dict[str, Any]] = [
-        {"method": "fedit", "out": "calibration", "overrides": f"stop.rounds={arguments.calibration} "
-         "method.cohort_size=5"}
-    ]  # fmt: skip
-    methods = arguments.methods.split(",")
+        {"method": "fedit", "out": CALIBRATION[0], "overrides": limit},
+        {"method": "fedit", "out": CALIBRATION[1], "overrides": f"{limit} training.local_steps=2"},
+    ]
     jobs += [{"method": name, "out": name, "overrides": f"stop.rounds={arguments.rounds}"} for name in methods]
     with Links(len(CORES)) as links, Quotas(links.prefix) as quotas:
         run = Run(folder, links, quotas)
@@ -304,10 +324,7 @@ def main() -> int:
         finally:
             run.end()
     found = {"transport": arguments.transport, "cores": CORES, "flops_per_second": speed}
-    found |= analyse(folder, "calibration", methods)
-    print(json.dumps({key: value for key, value in found.items()}, indent=1))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
+    report(found, folder, methods, arguments)
     if not arguments.keep:
         shutil.rmtree(folder)
     return 0

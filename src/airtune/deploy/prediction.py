@@ -35,7 +35,7 @@ from airtune.types import (
 )
 
 FEWEST = 8  # clients' rounds that a fit of five numbers needs [our choice]
-PRIOR = 0.05  # weight of "the factors are 1" against one observation: it decides where a part never mattered
+PRIOR = 0.5  # weight of "a factor is 1" against one observation [our choice]: parts that go together stay apart
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def fit(rounds: Sequence[MeasuredRound]) -> TimeModel:
     rows = np.stack([_features(predicted) / measured for predicted, measured in pairs])
     scale = np.maximum(np.abs(rows).max(axis=0), 1e-30)
     prior = PRIOR * np.eye(5)[2:]
-    system = np.vstack([rows / scale, prior / scale * np.array([1.0, 1.0, 1.0, 1.0, 1.0])])
+    system = np.vstack([rows, prior]) / scale
     wanted = np.concatenate([np.ones(len(pairs)), np.full(3, PRIOR)])
     solution, _ = nnls(system, wanted)
     return TimeModel(*(float(value) for value in solution / scale))
