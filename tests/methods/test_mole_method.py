@@ -13,6 +13,7 @@ from airtune.errors import InputError
 from airtune.experiment import checkpoint
 from airtune.experiment.build import Workshop, build
 from airtune.experiment.config import read_file
+from airtune.experiment.evaluation import evaluate_run
 from airtune.experiment.run import Session, digest, resume, start
 from airtune.federation import Stop, begin, run
 from airtune.lora import AdapterSlice, has_own, with_own
@@ -184,5 +185,18 @@ def test_a_run_resumes_to_the_bit_and_its_folders_open(tmp_path, personal):
         with torch.no_grad():
             logits.append(open_adapter(folder).logits(ids, mask))
             assert (bench.federated.logits(ids, mask) - logits[-1]).abs().max() <= 1e-5
+    found = evaluate_run(tmp_path / "whole", None, session.workshop)
+    assert (found["personal"] is not None) == personal
+    if personal:
+        parts = experiment.partition(bench.tokens.test.labels, 6, seed=experiment.seed)
+        of_each: list[float] = []
+        for folder in folders:
+            if len(part := parts[int(folder.name)]):
+                mine = bench.tokens.test.select(part).batch(np.arange(len(part)))
+                with torch.no_grad():
+                    ids, mask = (torch.from_numpy(mine[name]) for name in ("input_ids", "attention_mask"))
+                    right = open_adapter(folder).logits(ids, mask).argmax(dim=1).numpy() == mine["labels"]
+                of_each.append(float(right.mean()))
+        assert found["personal"]["own"] == pytest.approx(np.mean(of_each)) and found["personal"]["clients"] >= 2
     assert len(folders) >= (2 if personal else 1)
     assert all(not torch.equal(a, logits[0]) for a in logits[1:])

@@ -29,5 +29,9 @@ def evaluate(arguments: Arguments) -> int:
         clients = found["clients"]
         table.add_row(f"mean over {clients['clients']:.0f} clients", f"{clients['mean']:.4f}")
         table.add_row("mean over the worst 10 % of clients", f"{clients['worst_10_percent']:.4f}")
+    if found["personal"] is not None:
+        personal = found["personal"]
+        table.add_row(f"own models of {personal['clients']} clients, each on its rows", f"{personal['own']:.4f}")
+        table.add_row("the shared model on the same rows", f"{personal['shared']:.4f}")
     Console().print(table)
     return 0

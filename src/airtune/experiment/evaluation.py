@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 from airtune.errors import InputError
 from airtune.experiment import checkpoint
@@ -11,8 +13,11 @@ from airtune.experiment.build import Bench, Workshop, build
 from airtune.experiment.config import read_experiment
 from airtune.experiment.run import digest
 from airtune.experiment.store import Plain, RunStore
+from airtune.federation import Progress
+from airtune.lora import AdapterSlice, has_own, with_own
 from airtune.training.data import TokenizedData, load_tokenizer, tokenize
-from airtune.training.evaluation import client_metrics, client_spread, score
+from airtune.training.evaluation import Scores, client_metrics, client_spread, score
+from airtune.training.partition import Indices
 from airtune.training.sources import read_labelled_file
 
 
@@ -20,7 +25,10 @@ def evaluate_run(folder: Path, file: str | None, workshop: Workshop) -> Plain:
     """Return the metrics of a run's model, as ``airtune evaluate --json`` prints them.
 
     The spread over clients is that of the test rows, dealt out to clients by the run's own partitioner and seed, so
-    that a client's rows have its mix of labels [our choice: clients have no test rows of their own].
+    that a client's rows have its mix of labels [our choice: clients have no test rows of their own]. Where clients keep
+    a part of the model (FedSA-LoRA, MoLE's personal gates), "personal" holds the same for their own models: the mean
+    over the clients that have one and rows, each on its rows, and that of the shared model on the same rows. All other
+    numbers are those of the shared model.
 
     Parameters
     ----------
@@ -48,6 +56,7 @@ def evaluate_run(folder: Path, file: str | None, workshop: Workshop) -> Plain:
         "rows": len(rows),
         **scores.metrics(),
         "clients": _spread(bench, rows, scores),
+        "personal": _personal(bench, progress, rows, scores),
     }
 
 
@@ -61,11 +70,36 @@ def _other_rows(bench: Bench, file: str) -> TokenizedData:
     return tokenize(table, tokenizer, max_length=data.max_length, task=model.task, label_names=names)
 
 
-def _spread(bench: Bench, rows: TokenizedData, scores: Any) -> Plain | None:
+def _spread(bench: Bench, rows: TokenizedData, scores: Scores) -> Plain | None:
     """Return mean and worst tenth over clients; None where the rows cannot be dealt out to that many clients."""
+    parts = _dealt(bench, rows)
+    return None if parts is None else dict(client_spread(client_metrics(scores, parts), bench.metric))
+
+
+def _personal(bench: Bench, progress: Progress, rows: TokenizedData, scores: Scores) -> Plain | None:
+    """Return the means of own models and of the shared one on the same rows; None where nobody has a model of its own.
+
+    Each client counts once.
+    """
+    parts, memories = _dealt(bench, rows), progress.pending.memory
+    whole = AdapterSlice.everything(progress.model.adapter.shape)
+    own: list[float] = []
+    shared: list[float] = []
+    for client, part in enumerate(parts or []):
+        memory = memories.get(client, {})
+        if not len(part) or not has_own(memory):
+            continue
+        model = replace(progress.model, adapter=with_own(progress.model.adapter, whole, memory))
+        size = bench.experiment.evaluation.batch_size
+        own.append(score(bench.federated, model, rows.select(part), batch_size=size).metrics()[bench.metric])
+        shared.append(scores.metrics(part)[bench.metric])
+    return {"clients": len(own), "own": fmean(own), "shared": fmean(shared)} if own else None
+
+
+def _dealt(bench: Bench, rows: TokenizedData) -> Sequence[Indices] | None:
+    """Return the rows of each client by the run's partitioner; None where they cannot be dealt to that many."""
     experiment = bench.experiment
     try:
-        parts = experiment.partition(rows.labels, experiment.fleet.clients, seed=experiment.seed)
+        return experiment.partition(rows.labels, experiment.fleet.clients, seed=experiment.seed)
     except InputError:
         return None
-    return dict(client_spread(client_metrics(scores, parts), bench.metric))
