@@ -10,6 +10,7 @@ import numpy as np
 
 from airtune.aggregation.covariance import factor_diagnostics
 from airtune.aggregation.mean import Mean, Weights
+from airtune.aggregation.senders import AverageOver, SendersMean, check_average_over
 from airtune.compression.soft import OrthogonalityForm, Soft, check_orthogonality, orthogonalized
 from airtune.methods.composed import Composed
 from airtune.scheduling.bandwidth import BandwidthRule, EqualSplit
@@ -48,6 +49,7 @@ class SoftLoRA:
     orthogonality : "cosine" (scale-free, default), "mixed" (off-diagonal on B, identity on A), "off-diagonal" or
         "identity" (drives all norms to 1, so that they say nothing about importance, unless the weight is small).
     weights : "examples" or "uniform".
+    average_over : "everyone": who did not send a component counts as the server's value; "senders": does not count.
     cohort_size : clients drawn each round; None: everyone.
     bandwidth, training, compressor : as for every method.
     """
@@ -55,6 +57,7 @@ class SoftLoRA:
     orthogonality_weight: float = 1e-2
     orthogonality: OrthogonalityForm = "cosine"
     weights: Weights = "examples"
+    average_over: AverageOver = "everyone"
     cohort_size: int | None = None
     bandwidth: BandwidthRule = field(default_factory=EqualSplit)
     training: LocalTraining = field(default_factory=LocalTraining)
@@ -71,13 +74,19 @@ class SoftLoRA:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_orthogonality(self.orthogonality_weight, self.orthogonality)
+        check_average_over(self.average_over, self.compressor)
+
+    @property
+    def aggregator(self) -> Mean | SendersMean:
+        """Return the separate mean of A and B."""
+        return SendersMean(self.weights) if self.average_over == "senders" else Mean(self.weights)
 
     @property
     def composed(self) -> Composed:
         """Return the parts that this method is made of."""
         planner = Separate(everyone_or(self.cohort_size), bandwidth=self.bandwidth)
         training = orthogonalized(self.training, self.orthogonality_weight, self.orthogonality)
-        return Composed(planner, Mean(self.weights), self.compressor, training)
+        return Composed(planner, self.aggregator, self.compressor, training)
 
     def init(self, model: ServerModel, fleet: Fleet) -> None:
         """Return no state."""

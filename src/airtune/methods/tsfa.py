@@ -12,6 +12,7 @@ import numpy as np
 from airtune.aggregation.covariance import factor_diagnostics, pilot_terms, tail_energies
 from airtune.aggregation.mean import Mean, Weights
 from airtune.aggregation.resize import emptied_beyond, sorted_by_energy
+from airtune.aggregation.senders import AverageOver, SendersMean, check_average_over
 from airtune.capabilities import Trait
 from airtune.compression.soft import OrthogonalityForm, Soft, check_orthogonality, orthogonalized
 from airtune.errors import InputError, NoResultError, unknown_name
@@ -89,6 +90,7 @@ class TSFA:
         left out of the round (those without any link always are); None: nobody is.
     orthogonality_weight, orthogonality : the penalty, see `SoftLoRA`.
     weights : "examples" or "uniform".
+    average_over : "everyone": who did not send a component counts as the server's value; "senders": does not count.
     cohort_size : clients drawn each round; None: everyone.
     training, compressor : as for every method; a compressor without keep ratio leaves only the bandwidth to decide.
     """
@@ -106,6 +108,7 @@ class TSFA:
     orthogonality_weight: float = 1e-2
     orthogonality: OrthogonalityForm = "cosine"
     weights: Weights = "examples"
+    average_over: AverageOver = "everyone"
     cohort_size: int | None = None
     training: LocalTraining = field(default_factory=LocalTraining)
     compressor: Compressor = field(default_factory=Soft)
@@ -121,6 +124,7 @@ class TSFA:
     def __post_init__(self) -> None:
         """Check ranges and names."""
         check_orthogonality(self.orthogonality_weight, self.orthogonality)
+        check_average_over(self.average_over, self.compressor)
         limit, quantile = self.latency_limit, self.rate_quantile
         _check("latency_limit", limit, limit is None or 0.0 < limit < math.inf, "above 0, in s")
         _check("limit_share", self.limit_share, 0.0 <= self.limit_share <= 1.0, "0 to 1")
@@ -143,9 +147,9 @@ class TSFA:
         return frozenset()
 
     @property
-    def aggregator(self) -> Mean:
+    def aggregator(self) -> Mean | SendersMean:
         """Return the separate mean of A and B."""
-        return Mean(self.weights)
+        return SendersMean(self.weights) if self.average_over == "senders" else Mean(self.weights)
 
     def init(self, model: ServerModel, fleet: Fleet) -> LatencyControl:
         """Return empty queues; the rank is open if there is a pilot and something to choose."""
