@@ -13,7 +13,7 @@ from airtune.devices.memory import activation_bytes
 
 STATE_SHARE = 0.25  # of the budget for the stacks of a block; the rest is for activations [our choice]
 ROWS_OF_STATE = 6  # values, gradients, two moments, a step's change, the copy for a micro-batch
-GREATEST_BLOCK = 1024
+GREATEST_BLOCK = {"cpu": 128, "cuda": 1024}  # clients; more gain nothing, and their moments would be held at once
 
 
 def free_bytes(device: torch.device) -> int:
@@ -43,9 +43,9 @@ def bytes_per_token(config_json: dict[str, Any], length: int, *, value_bytes: in
     return layers + (16.0 * shape.vocabulary if causal else 0.0)
 
 
-def block_clients(budget: int, width: int, value_bytes: int) -> int:
+def block_clients(budget: int, width: int, value_bytes: int, device: str = "cpu") -> int:
     """Return how many clients of `width` trained values each fit into the share of the budget for stacks."""
-    return max(1, min(GREATEST_BLOCK, int(STATE_SHARE * budget) // max(ROWS_OF_STATE * width * value_bytes, 1)))
+    return max(1, min(GREATEST_BLOCK[device], int(STATE_SHARE * budget) // max(ROWS_OF_STATE * width * value_bytes, 1)))
 
 
 def _lines(path: str) -> list[str]:

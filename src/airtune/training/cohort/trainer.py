@@ -135,7 +135,7 @@ class CohortTrainer:
     def _blocks(self, group: Sequence[Member]) -> list[Sequence[Member]]:
         """Cut a group into blocks that fit the budget, as many as there are threads where it has the clients."""
         width = max(_values(member) for member in {id(m.trained): m for m in group}.values())
-        size = block_clients(self.budget // self.threads, width, self.model.dtype.itemsize)
+        size = block_clients(self.budget // self.threads, width, self.model.dtype.itemsize, self.model.device.type)
         count = min(len(group), max(self.threads, -(-len(group) // size)))
         return [group[start::count] for start in range(count)]
 
