@@ -1,20 +1,20 @@
 """What TSFA loses where the channel is known badly or late, and what planning on a quantile of the rate gives back.
 
-    OMP_NUM_THREADS=1 python benchmarks/tsfa_knowledge.py [--rounds 150] [--seeds 0,1,2] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/tsfa_knowledge.py [--rounds 60] [--seeds 0,1,2] [--over-rounds] [--json FILE]
 
 Planner and clock only, in the world of experiments/soft-tsfa/soft-tsfa.toml with one latency limit: nothing is trained,
 so what dropping costs is the quadratic model, the weighted mean of (1 - share sent)^2 (a client in outage sends 0).
 `latency`: mean round over the limit. `late`: uploads that end after the planned latency. `left out`: share of
 client rounds in outage. Uploads meet the channel of the round's start (block fading). An estimate 0.9 s old has a
 correlation of 0.9 with it: 2 pi Doppler delay = 0.66. The queue makes the mean meet the limit, so the loss shows as
-error, not as latency.
+error, not as latency. With `--over-rounds`: how the mean latency comes to the limit, for three weights of the error.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,8 @@ def world(experiment: Experiment) -> tuple[Cell, ServerModel]:
     )
 
 
-def measured(setting: Setting, limit: float, seed: int, rounds: int) -> dict[str, float]:
-    """Return the means over the rounds of one seed."""
+def played(setting: Setting, limit: float, seed: int, rounds: int) -> dict[str, list[float]]:
+    """Return what each round of one seed had, by name."""
     cell, model = world(read_file(FILE, {}).experiment("tsfa", seed=seed))
     cell = replace(cell, knowledge=setting.knowledge)
     method = TSFA(latency_limit=limit, pilot_rounds=0, error_model="quadratic", **setting.fields)
@@ -112,22 +112,43 @@ def measured(setting: Setting, limit: float, seed: int, rounds: int) -> dict[str
         rows["left out"].append(1.0 - len(tasks) / cell.fleet.size)
         outcome = RoundOutcome(plan, cell.fleet, (), (), time, time + float(ends.max()))
         state, starts, time = method.learn(state, outcome), (*starts, time), outcome.end_time
-    return {name: float(np.mean(values)) for name, values in rows.items()}
+    return rows
+
+
+def over_rounds(limit: float, seeds: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+    """Print and return the mean latency of the first rounds over the limit, for three weights of the error."""
+    marks, table = [mark for mark in (8, 25, 50, 150, 500, 2000) if mark <= rounds], []
+    for weight in (0.3, 1.0, 10.0):
+        setting = Setting(f"error_weight {weight:g}", fields={"error_weight": weight})
+        found = [played(setting, limit, seed, rounds) for seed in seeds]
+        means = [[float(np.mean(part["latency"][:mark])) for mark in marks] for part in found]
+        errors = [float(np.mean(part["error"])) for part in found]
+        table.append({"error_weight": weight, "rounds": marks, "mean_over_limit": means, "error": errors})
+        columns = np.array(means)
+        ends = zip(marks, columns.mean(axis=0), columns.std(axis=0, ddof=min(1, len(seeds) - 1)), strict=True)
+        texts = [f"{mark} rounds {mean:.3f} ± {spread:.3f}" for mark, mean, spread in ends]
+        print(f"{setting.name:36s} {'  '.join(texts)}  error {np.mean(errors):.3f}", flush=True)
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=150)
+    parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--limit", type=float, default=2.5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--over-rounds", action="store_true", help="perfect knowledge: the mean after 8, 25, ... rounds"
+    )
     options = parser.parse_args()
-    table = []
-    for setting in settings():
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-        found = [measured(setting, options.limit, seed, options.rounds) for seed in seeds]
-        table.append({"setting": setting.name, "seeds": found})
-        columns = {name: np.array([entry[name] for entry in found]) for name in found[0]}
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    table: list[dict[str, Any]] = []
+    if options.over_rounds:
+        table = over_rounds(options.limit, seeds, options.rounds)
+    for setting in [] if options.over_rounds else settings():
+        rounds = [played(setting, options.limit, seed, options.rounds) for seed in seeds]
+        columns = {name: np.array([np.mean(part[name]) for part in rounds]) for name in rounds[0]}
+        table.append({"setting": setting.name, **{name: values.tolist() for name, values in columns.items()}})
         spread = [f"{name} {v.mean():.3f} ± {v.std(ddof=min(1, len(v) - 1)):.3f}" for name, v in columns.items()]
         print(f"{setting.name:36s} {'  '.join(spread)}", flush=True)
     if options.json:
