@@ -95,7 +95,7 @@ def measure(run: Run, rounds: int) -> dict[str, Any]:
         node = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{PORT}", "--port", str(PORT + 1094)]
         process = run.start(f"{name}-node", *node, "--node-config", f"partition-id=0{extra}", group=run.server)
         found[name] = summary(rounds_of(run, experiment, name, rounds))
-        run.end_one(process)
+        run.end(process)
     return found
 
 
