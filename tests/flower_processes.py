@@ -50,6 +50,7 @@ class Federation:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "OMP_NUM_THREADS": "1",
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(self.port),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
         return {**os.environ, **own}
@@ -63,9 +64,9 @@ class Federation:
         self.running[name] = process
         return process
 
-    def superlink(self) -> None:
-        address = ["--host", "127.0.0.1", "--port", str(self.port)]
-        self.start("superlink", "flower-superlink", "--insecure", *address, "--database", str(self.folder / "state.db"))
+    def superlink(self, *options: str) -> None:
+        address = ["--host", "127.0.0.1", "--port", str(self.port), "--database", str(self.folder / "state.db")]
+        self.start("superlink", "flower-superlink", "--insecure", *address, *options)
         wait_for(lambda: _listens(self.port), 90, "the SuperLink")
 
     def resident(self, experiment: Path) -> None:
@@ -122,11 +123,43 @@ class Federation:
         for process in processes:
             process.wait(timeout=10)
 
+    def left_behind(self) -> list[int]:
+        """Return the processes of this federation: those with its FLWR_HOME."""
+        mark = f"FLWR_HOME={self.folder / 'home'}".encode()
+        found: list[int] = []
+        for entry in Path("/proc").iterdir():
+            try:
+                ours = entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if ours and _alive(int(entry.name)):
+                found.append(int(entry.name))
+        return found
+
+    def simulate(self, count: int, **config: Any) -> subprocess.Popen[bytes]:
+        """Start `flwr run` on a SuperLink with ``--simulation``, a number of nodes of one CPU each.
+
+        `flwr run . local` would start one by itself, and give it 15 seconds, which a loaded machine exceeds.
+        """
+        words = " ".join(f"{key.replace('_', '-')}={_word(value)}" for key, value in config.items())
+        shape = f"num-supernodes={count} client-resources-num-cpus=1 client-resources-num-gpus=0.0"
+        app = str(self.folder / "app")
+        return self.start(
+            "run", "flwr", "run", app, "test", "--stream", "--federation-config", shape, "--run-config", words
+        )
+
     def __enter__(self) -> Federation:
         return self
 
     def __exit__(self, *details: object) -> None:
         self.end(*self.running)
+        for left in self.left_behind():  # Flower's local SuperLink, which `flwr run` starts in the background
+            _signal(left, signal.SIGTERM)
+        deadline = time.monotonic() + 20.0
+        while time.monotonic() < deadline and self.left_behind():
+            time.sleep(0.2)
+        for left in self.left_behind():
+            _signal(left, signal.SIGKILL)
         if self.socket is not None:
             shutil.rmtree(self.socket.parent)
 

@@ -82,6 +82,20 @@ def test_real_processes_give_the_simulations_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_flowers_own_simulation_gives_the_simulations_adapter(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    path = write_task(tmp_path / "task", 2)
+    simulated = simulate(path, tmp_path / "simulated", "fedsa-lora", "stop.rounds=2")
+    with Federation(tmp_path / "federation") as federation:
+        settings = config(path, tmp_path / "real", "stop.rounds=2", method="fedsa-lora")
+        federation.superlink("--simulation")
+        federation.simulate(2, **settings).wait(timeout=PATIENCE)
+        assert head_of(tmp_path / "real")["status"] == "done", federation.log("run")
+    assert furthest(simulated, weights_of(tmp_path / "real")) <= 1e-6
+    assert not federation.left_behind()
+
+
+@pytest.mark.slow
 def test_the_fault_matrix(tmp_path: Path) -> None:
     path = write_task(tmp_path / "task", 6)
     faults = {1: "raise", 2: "nan", 3: "huge", 4: "exit", 5: "sleep"}
@@ -92,7 +106,7 @@ def test_the_fault_matrix(tmp_path: Path) -> None:
         federation.superlink()
         for client in range(6):
             federation.supernode(client, **({"fault": faults[client]} if client in faults else {}))
-        run = federation.run(**config(path, tmp_path / "out", overrides, round_seconds=180.0))
+        run = federation.run(**config(path, tmp_path / "out", overrides, round_seconds=240.0))
         run.wait(timeout=2 * PATIENCE)
     first, second = lines_of(tmp_path / "out")[1:]
     reasons = {entry["client"]: entry["reason"] for entry in first["dropped"]}

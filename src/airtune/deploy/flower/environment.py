@@ -26,6 +26,7 @@ class FlowerEnvironment:
     nodes : who is there. cell : the experiment's simulated cell. costs : its costs.
     measured : False: plans are made from the cell's own observation, only who is idle is real.
     smallest_fleet : clients that must be there before round 1. poll_seconds : between two looks.
+    met : whether that many have been there.
     """
 
     nodes: Nodes
@@ -34,6 +35,7 @@ class FlowerEnvironment:
     measured: bool = True
     smallest_fleet: int = 1
     poll_seconds: float = 0.5
+    met: bool = False
 
     @property
     def fleet(self) -> Fleet:
@@ -47,8 +49,15 @@ class FlowerEnvironment:
         return self._fleet() if self.measured else self.cell.fleet
 
     def observe(self, round_index: int, time: float, pending: Pending, model: ServerModel) -> Observation:
-        """Return what is known at the start of a round; waits while no device at all is there."""
-        self.nodes.wait(self.smallest_fleet if round_index == 1 else 1, self.poll_seconds)
+        """Return what is known at the start of a round; waits while no device at all is there.
+
+        The first call waits for the whole fleet: devices come back one by one to a server that was killed. In a resumed
+        run those who have not come back in time are left out; in a new one their absence is an error.
+        """
+        if not self.met:
+            self.nodes.wait(self.smallest_fleet, self.poll_seconds, at_least=None if round_index == 1 else 1)
+            self.met = True
+        self.nodes.wait(1, self.poll_seconds)
         there = np.array(sorted(self.nodes.facts()), dtype=np.int64)
         estimated = self.cell.observe(round_index, time, pending, model)
         if not self.measured:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -117,18 +117,23 @@ class Nodes:
         """Return client -> facts of those that are there, by client."""
         return {facts.client: facts for facts in sorted(self.known.values(), key=lambda facts: facts.client)}
 
-    def wait(self, count: int, poll_seconds: float, progress: Callable[[], None] = lambda: None) -> None:
+    def wait(self, count: int, poll_seconds: float, at_least: int | None = None) -> None:
         """Wait until that many clients have answered.
+
+        at_least : go on with so many when `wait_seconds` are over; None: `count`.
 
         Raises
         ------
-        NoResultError : they have not after `wait_seconds`; the message names who is missing and who was refused.
+        NoResultError : fewer are there then; the message names who is missing and who was refused.
         """
         clock: WallClock[None] = WallClock()
         while True:
             self.update()
-            self.read(self.mail.collect())
+            self.read(self.mail.collect(set(self.asked)))
             if len(self.known) >= count:
+                return
+            if clock.now > self.wait_seconds and at_least is not None and len(self.known) >= at_least:
+                log.warning("going on with %s of %s clients", len(self.known), count)
                 return
             if clock.now > self.wait_seconds:
                 missing = sorted(set(range(self.clients)) - set(self.facts()))
@@ -137,7 +142,6 @@ class Nodes:
                     f"nodes: {len(self.known)} of {count} clients reported within {self.wait_seconds:g} s; "
                     f"missing {missing[:8]}{'; refused: ' + refused if refused else ''}"
                 )
-            progress()
             pause(clock, poll_seconds)
 
 

@@ -70,9 +70,10 @@ class FlowerRunner:
         sitting.begin(self.under_way, clock)
         if not plan.tasks and not pending.in_flight:
             pause(clock, self.idle_seconds)
+        sitting.look(clock)
         while not sitting.over(clock.now):
             pause(clock, self.poll_seconds)
-            sitting.look(clock)
+            sitting.look(clock)  # before the cut-off is looked at: what is there by then counts
         kept = sitting.close()
         self.under_way = {(flight.task.client, flight.round): flight for flight in kept}
         outcome = RoundOutcome(

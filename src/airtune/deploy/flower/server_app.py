@@ -65,7 +65,7 @@ def serve(carrier: Carrier, options: ServerOptions, *, command: str = "") -> Pla
             log.info("the run in %s is done", folder)
             return head
         log.info("going on with the run in %s", folder)
-        head = resume(folder, {}, session)
+        head = resume(folder, {}, session, finish=True)
     else:
         head = start(experiment, folder, session)
     _write_page(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -245,11 +245,11 @@ class Sitting:
         joules += download * float(self.costs.fleet.receive_power[client])
         return TaskCost(download, computing, upload, up_bits, flight.bits_down, joules)
 
-    def _strays(self, found: Iterable[str]) -> None:
+    def _strays(self, found: Mapping[str, Message]) -> None:
         """Put on record what nobody waits for any more: late replies, second replies."""
-        for identity in found:
+        for identity, message in found.items():
             client, earlier = self.abandoned.pop(identity, (-1, 0))
-            if client >= 0:
+            if client >= 0 and not message.has_error():
                 self._incident(client, f"late reply of round {earlier}")
         while self.mail.strays:
             identity = self.mail.strays.pop()
