@@ -136,6 +136,11 @@ class Federation:
                 found.append(int(entry.name))
         return found
 
+    def find(self, program: str) -> int:
+        """Return the one process of this federation that runs a program."""
+        (found,) = [each for each in self.left_behind() if program in _command(each)]
+        return found
+
     def simulate(self, count: int, **config: Any) -> subprocess.Popen[bytes]:
         """Start `flwr run` on a SuperLink with ``--simulation``, a number of nodes of one CPU each.
 
@@ -203,6 +208,13 @@ def _signal(process: int, number: int) -> None:
         os.kill(process, number)
     except ProcessLookupError:
         return
+
+
+def _command(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
 
 
 def _alive(process: int) -> bool:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from airtune.experiment.build import Workshop
 from airtune.experiment.config import read_file
 from airtune.experiment.run import Session, start
-from flower_processes import Federation, session_of, wait_for
+from flower_processes import Federation, wait_for
 from tiny_experiment import head_of, lines_of, write_experiment
 
 PATIENCE = 540.0  # s for any one wait; a loaded machine takes minutes where an idle one takes seconds
@@ -137,9 +137,7 @@ def test_a_server_killed_with_sigkill_goes_on_to_the_same_adapter(tmp_path: Path
             federation.end("run")
             federation.superlink()
         else:
-            link = federation.running["superlink"].pid
-            (app,) = [each for each in session_of(link) if "flwr-serverapp" in command_of(each)]
-            os.kill(app, signal.SIGKILL)
+            os.kill(federation.find("flwr-serverapp"), signal.SIGKILL)
             federation.end("run")
         finished = rounds_done(tmp_path / "out")
         assert finished < 3
@@ -164,19 +162,10 @@ def test_a_terminated_server_app_is_interrupted_and_a_killed_node_is_left_out(tm
         federation.end("node-1", number=signal.SIGKILL)
         killed_in = rounds_done(tmp_path / "out") + 1
         wait_for(lambda: rounds_done(tmp_path / "out") >= killed_in + 1, PATIENCE, "two more rounds")
-        link = federation.running["superlink"].pid
-        (app,) = [each for each in session_of(link) if "flwr-serverapp" in command_of(each)]
-        os.kill(app, signal.SIGTERM)
+        os.kill(federation.find("flwr-serverapp"), signal.SIGTERM)
         wait_for(lambda: head_of(tmp_path / "out")["status"] == "interrupted", 60, "the interruption")
     lines = lines_of(tmp_path / "out")
     lost = [line for line in lines if line["dropped"]]
     print(json.dumps([(line["round"], line["dropped"], line["duration_s"]) for line in lost]))
     assert lost and all(entry["client"] == 1 for line in lost for entry in line["dropped"])
     assert lines[-1]["cohort"] == [0] or lost[-1] is lines[-1]
-
-
-def command_of(process: int) -> str:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""
