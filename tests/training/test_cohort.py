@@ -213,6 +213,19 @@ def test_a_prefix_cache_serves_both_engines(receive_all: bool) -> None:
     assert model.prefix.depth == 1 and model.prefix.computed > 0
 
 
+@pytest.mark.parametrize(("family", "task"), [("bert", "sequence-classification"), ("llama", "causal-lm")])
+def test_checkpointing_keeps_less_and_changes_nothing(family: str, task: str) -> None:
+    both = pair(family, task)
+    parameters = {p.untyped_storage().data_ptr() for p in both.model.network.parameters()}
+    engine = CohortTrainer(both.model, both.tokens, CLIENTS, 7, checkpointing=True)
+    jobs = jobs_of(both.server, "unequal ranks")
+    kept = [_peak(chosen, jobs, parameters) for chosen in (both.cohort, engine)]
+    assert kept[1] < 0.7 * kept[0]
+    assert worst_distance(engine.train(jobs), both.cohort.train(jobs)) == 0.0
+    with pytest.raises(InputError, match=r"training\.checkpointing: dropout would be drawn twice"):
+        engine.train([job(both.server, lora_dropout=0.1)])
+
+
 # ------------------------------------------------------------------------------------------------- what must not matter
 
 

@@ -195,7 +195,8 @@ def _trainer(
     if budget is None and engine.workers is not None:  # the workers of this machine share what is free
         budget = automatic_budget(federated.device) // engine.workers
     threads = (engine.threads or 1) if federated.device.type == "cpu" else 1
-    made = CohortTrainer(federated, train, clients, experiment.seed, budget, engine.micro_batch_tokens, threads)
+    limits = budget, engine.micro_batch_tokens, threads, engine.checkpointing
+    made = CohortTrainer(federated, train, clients, experiment.seed, *limits)
     made.check(experiment.training)
     chosen = replace(engine, memory_budget=float(made.budget), micro_batch_tokens=made.micro_batch_tokens)
     return replace(experiment, engine=chosen), made

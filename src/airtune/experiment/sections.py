@@ -107,6 +107,8 @@ class Engine:
     memory_budget : bytes for activations and adapters of the cohort engine; None: half of what is free at the start.
     micro_batch_tokens : most token places, padding included, that the cohort engine sends through the network at once;
         None: what the budget allows, on a CPU at most 2048 [our choice].
+    checkpointing : whether the cohort engine's layers keep their input alone for the backward pass and run a second
+        time: a third more arithmetic for a part of the memory.
     threads : of torch; None: as many as this process may use, with `workers` one each.
     workers : Ray workers that train the clients, one CPU and one base model each; None: this process trains them.
     group_size : most clients that are trained together; None: the whole cohort, with `workers` 8 [our choice].
@@ -123,6 +125,7 @@ class Engine:
     prefix_cache: float | None = field(default=None, metadata={"unit": "B"})
     memory_budget: float | None = field(default=None, metadata={"unit": "B"})
     micro_batch_tokens: int | None = None
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -133,6 +136,8 @@ class Engine:
             raise InputError(f"prefix_cache: {self.prefix_cache:g} B is not possible; valid: a positive size, or none")
         if self.memory_budget is not None and not 1.0 <= self.memory_budget < math.inf:
             raise InputError(f"memory_budget: {self.memory_budget:g} B is no size; valid: a positive one, or none")
+        if self.checkpointing and self.engine == "twin":
+            raise InputError('checkpointing: the twin has none; valid: false, or engine = "cohort"')
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
             raise InputError(f"micro_batch_tokens: {self.micro_batch_tokens} is below 1")
 

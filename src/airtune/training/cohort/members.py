@@ -80,13 +80,11 @@ def members_of(jobs: Sequence[TrainingJob], twin: LocalTrainer) -> list[Member]:
 
     Raises
     ------
-    InputError : the engine cannot serve a job.
     ValueError : a client has no examples, or its slice trains nothing.
     """
     prepared = _Prepared()
     members: list[Member] = []
     for place, job in enumerate(jobs):
-        check_training(job.task.training)
         trained, held = prepared.take(job)
         if not any(True for _ in trained_kinds(trained, job.task.train)):
             raise ValueError(f"client {job.task.client}: its slice trains nothing")
@@ -99,7 +97,7 @@ def trained_kinds(trained: Adapter, train: AdapterSlice) -> Iterable[str]:
     return sorted({kind for _, kind, _ in train.payload(trained) if kind != "magnitude"})
 
 
-def check_training(training: LocalTraining) -> None:
+def check_training(training: LocalTraining, *, checkpointing: bool = False) -> None:
     """Refuse what cannot be done for many clients at once.
 
     Raises
@@ -111,6 +109,8 @@ def check_training(training: LocalTraining) -> None:
             "training.base_dropout: the base's dropout layers draw from one generator, not one of each client, which "
             f"the cohort engine cannot follow; valid: false, or {TWIN}"
         )
+    if checkpointing and training.lora_dropout:
+        raise InputError("training.checkpointing: dropout would be drawn twice; valid: false, or lora_dropout = 0")
     if training.privacy is not None:
         raise InputError(
             f"training.privacy: gradients of single examples are taken one client at a time; valid: none, or {TWIN}"

@@ -36,10 +36,18 @@ def automatic_budget(device: torch.device) -> int:
     return max(unit, free_bytes(device) // 2 // unit * unit)
 
 
-def bytes_per_token(config_json: dict[str, Any], length: int, *, value_bytes: int, causal: bool) -> float:
-    """Return an upper estimate of what one token place keeps for the backward pass, with all layers trained."""
+def bytes_per_token(
+    config_json: dict[str, Any], length: int, *, value_bytes: int, causal: bool, checkpointing: bool = False
+) -> float:
+    """Return an upper estimate of what one token place keeps for the backward pass, with all layers trained.
+
+    With checkpointing every layer keeps its input, and two layers at a time all the rest.
+    """
     shape = TransformerShape.from_config(config_json)
-    layers = (shape.layers + 1.0) * float(activation_bytes(shape, length, 1, value_bytes)) / length
+    each = float(activation_bytes(shape, length, 1, value_bytes)) / length
+    layers = (shape.layers + 1.0) * each
+    if checkpointing:
+        layers = min(layers, 2.0 * each + (shape.layers + 1.0) * shape.hidden * value_bytes)
     return layers + (16.0 * shape.vocabulary if causal else 0.0)
 
 

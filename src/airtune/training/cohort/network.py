@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from airtune.errors import InputError
 from airtune.training.cohort.linear import AdaptedLayer, HeadLayer, Replaced, Session
 from airtune.training.cohort.members import TWIN
 from airtune.training.model import FederatedModel
-from airtune.training.shapes import is_gain, placement_of
+from airtune.training.shapes import is_gain, placement_of, stack_name
 
 SERVED = ("lora", "rslora", "msp-lora")
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -33,6 +35,27 @@ def replacements(model: FederatedModel, session: Session) -> Replaced:
             (weight, "extra"), (bias, "extra") if bias in names else None, session
         )
     return Replaced(forwards)
+
+
+def checkpointed(model: FederatedModel) -> Replaced:
+    """Return forward passes of the layers that keep their input alone and run again for the backward pass.
+
+    Raises
+    ------
+    InputError : the network has no plain list of layers.
+    """
+    where = stack_name(model.config_json)
+    try:
+        layers = model.network.get_submodule(where)
+    except AttributeError:
+        layers = None
+    if not isinstance(layers, nn.ModuleList):
+        raise InputError(f"training.checkpointing: the network has no plain list of layers {where!r}; valid: false")
+    return Replaced({layer: _twice(layer.forward) for layer in layers})
+
+
+def _twice(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def check_model(model: FederatedModel) -> None:

@@ -21,10 +21,10 @@ import torch
 from airtune.errors import InputError
 from airtune.training.cohort.batches import Indices, Packing
 from airtune.training.cohort.block import Block, Work
-from airtune.training.cohort.linear import Session
+from airtune.training.cohort.linear import Replaced, Session
 from airtune.training.cohort.members import Member, check_training, grouped, members_of
 from airtune.training.cohort.memory import STATE_SHARE, automatic_budget, block_clients, bytes_per_token
-from airtune.training.cohort.network import check_model, replacements
+from airtune.training.cohort.network import check_model, checkpointed, replacements
 from airtune.training.data import TokenizedData
 from airtune.training.local import LocalTrainer
 from airtune.training.model import FederatedModel
@@ -46,6 +46,8 @@ class CohortTrainer:
     micro_batch_tokens : most token places of a micro-batch; None: what the budget allows, on a CPU at most 2048.
     threads : blocks that are trained side by side, each on one core; they share the base. Groups are cut into as many
         blocks at least, so the number has its part in how sums are grouped. With a prefix cache blocks take turns.
+    checkpointing : whether layers keep their input alone for the backward pass and run a second time: a third more
+        arithmetic for a part of the memory.
     work : counts what was done, among others the share of padding.
     """
 
@@ -56,6 +58,7 @@ class CohortTrainer:
     memory_budget: int | None = None
     micro_batch_tokens: int | None = None
     threads: int = 1
+    checkpointing: bool = False
     work: Work = field(default_factory=Work, compare=False)
 
     def __post_init__(self) -> None:
@@ -86,7 +89,9 @@ class CohortTrainer:
 
     def check(self, training: LocalTraining) -> None:
         """Raise InputError if the engine cannot train so."""
-        check_training(training)
+        check_training(training, checkpointing=self.checkpointing)
+        if self.checkpointing and self.model.prefix is not None:
+            raise InputError("training.checkpointing: does not go with training.prefix_cache; valid: one of them")
 
     @property
     def packing(self) -> Packing:
@@ -102,10 +107,13 @@ class CohortTrainer:
         InputError : a job asks for something that the engine has not.
         ValueError : a client has no examples, or its slice trains nothing.
         """
+        for job in jobs:
+            self.check(job.task.training)
         twin = LocalTrainer(self.model, self.tokens, self.clients, self.seed)
         blocks = [block for group in grouped(members_of(jobs, twin)) for block in self._blocks(group)]
         session = Session()
-        with replacements(self.model, session).inside():
+        layers = checkpointed(self.model) if self.checkpointing else Replaced()
+        with replacements(self.model, session).inside(), layers.inside():
             found = self._side_by_side(blocks, session)
         results: dict[int, Trained] = {}
         for members, (trained, work) in zip(blocks, found, strict=True):
@@ -146,6 +154,7 @@ class CohortTrainer:
             length,
             value_bytes=2 if self.model.precision == "bf16" else self.model.dtype.itemsize,
             causal=self.tokens.task == "causal-lm",
+            checkpointing=self.checkpointing,
         )
         most = int((1.0 - STATE_SHARE) * self.budget / self.threads / each)
         if most < length:
