@@ -21,12 +21,14 @@ from airtune.errors import InputError, NoResultError
 from airtune.experiment.build import Workshop, build
 from airtune.experiment.config import read_file
 from airtune.experiment.run import Session, start
+from airtune.methods import method_names
 from airtune.types import Pending
 from flower_loopback import Delivery, LoopbackGrid, Spoil, fleet_of_nodes, options_for
 from tiny_experiment import head_of, lines_of, write_experiment
 
 CLIENTS = 6
 Weights = dict[str, torch.Tensor]
+DEPENDS_ON_MEASURED_TIME = frozenset({"hierfedlora", "fedbuff"})  # real seconds in their plans, or in who is first
 
 
 @pytest.fixture(scope="module")
@@ -332,3 +334,21 @@ def test_methods_run_on_measured_fleets(task: Path, tmp_path: Path, method: str)
     lines = lines_of(tmp_path / "out")
     assert len(lines) == 3 and all(line["arrived"] == sorted(line["cohort"]) for line in lines[1:])
     assert all(client["compute_s"] >= 0.0 and client["bits_up"] > 0 for client in lines[1]["clients"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_runs_over_flower(task: Path, tmp_path: Path, method: str) -> None:
+    words = "stop.rounds=2"
+    try:
+        simulated = simulate(task, tmp_path / "simulated", method, stop__rounds="2")
+    except InputError as error:
+        pytest.skip(f"not with this experiment: {error}")
+    real = over_flower(task, tmp_path / "real", method=method, overrides=words)
+    ours, theirs = lines_of(real), lines_of(tmp_path / "simulated")
+    assert all(line["arrived"] == sorted(line["cohort"]) for line in ours[1:])
+    if method in DEPENDS_ON_MEASURED_TIME:
+        assert head_of(real)["status"] == "done"
+        return
+    assert [line["cohort"] for line in ours] == [line["cohort"] for line in theirs]
+    assert furthest(simulated, weights_of(real)) <= 1e-5
