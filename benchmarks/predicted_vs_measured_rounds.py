@@ -23,7 +23,7 @@ from predicted_vs_measured_net import shape
 from airtune.deploy.device.frames import receive, send
 from airtune.deploy.flower import server_app
 from airtune.deploy.flower.options import ServerOptions, read_options
-from airtune.deploy.prediction import ClientSeconds, Predicting
+from airtune.deploy.prediction import ClientSeconds, Predicting, Simulated
 from airtune.experiment.build import Bench
 from airtune.experiment.run import Actors
 
@@ -45,11 +45,13 @@ def run(carrier: Any, options: ServerOptions) -> None:
     def actors_of(bench: Bench, carrier: Any, options: ServerOptions) -> Actors:
         actors = _actors_of(bench, carrier, options)
 
+        inner = actors.runner.inner if isinstance(actors.runner, Predicting) else actors.runner
+
         def before(predicted: Sequence[ClientSeconds]) -> None:
             for each in predicted:
                 shape(prefix, each.client, each.up_bit_s, each.down_bit_s)
 
-        return replace(actors, runner=Predicting(actors.runner, bench, before))
+        return replace(actors, runner=Predicting(inner, Simulated(bench), before))
 
     server_app.actors_of = actors_of
     try:

@@ -13,16 +13,19 @@ from airtune import cli
 from airtune.deploy.prediction import (
     ClientSeconds,
     MeasuredRound,
+    Observed,
     Predicting,
+    Simulated,
     TimeModel,
     fit,
     read_rounds,
     relative_errors,
 )
 from airtune.errors import InputError
-from airtune.experiment.build import Bench, Workshop
+from airtune.experiment.build import Bench, Workshop, build
 from airtune.experiment.config import read_file
 from airtune.experiment.run import Actors, Session, start
+from airtune.federation import begin
 from tiny_experiment import lines_of, write_experiment
 
 TRUE = TimeModel(fixed_s=4.0, overhead_flops=3e10, compute=1.3, download=1.05, upload=1.1)
@@ -82,7 +85,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     told: list[int] = []
 
     def actors(bench: Bench) -> Actors:
-        runner = Predicting(bench.runner, bench, lambda clients: told.append(len(clients)))
+        runner = Predicting(bench.runner, Simulated(bench), lambda clients: told.append(len(clients)))
         return Actors(bench.cell, runner, bench.evaluate)
 
     path = write_experiment(folder)
@@ -145,3 +148,26 @@ def test_a_round_that_lost_a_client_is_left_out(run: Path, tmp_path: Path) -> No
     (tmp_path / "run.json").write_text((run / "run.json").read_text())
     (tmp_path / "rounds.jsonl").write_text(_line_without_a_client(run))
     assert [each.round for each in read_rounds(tmp_path)] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["unicast", "broadcast"])
+def test_what_planners_know_predicts_the_same_where_they_know_the_truth(tmp_path: Path, kind: str) -> None:
+    """Without fading in a round the observed prediction is the simulator's, but for the shares of the downlink."""
+    path = write_experiment(tmp_path)
+    changes = {"wireless.fading": "none", "wireless.downlink": kind}
+    bench = build(read_file(path, changes).experiment(), Workshop())
+    progress = begin(bench.experiment.method, bench.start, bench.cell)
+    seen = bench.cell.observe(1, 0.0, progress.pending, progress.model)
+    plan = bench.experiment.method.plan(progress.state, seen, np.random.default_rng(0))
+    (known, seconds), (true, _) = (
+        prediction(plan, progress.model, progress.pending, 1, 0.0)
+        for prediction in (Observed(bench.cell), Simulated(bench))
+    )
+    by_client = {each.client: each for each in true}
+    assert {each.client for each in known} == set(by_client) and len(known) == 3
+    for one in known:
+        other = by_client[one.client]
+        assert one.upload_s == pytest.approx(other.upload_s, rel=1e-9)
+        assert one.compute_s == pytest.approx(other.compute_s, rel=1e-9)
+        assert 0.0 < one.download_s
+    assert seconds == pytest.approx(max(c.download_s + c.compute_s + c.upload_s for c in known))

@@ -24,12 +24,15 @@ from airtune.experiment.build import Bench
 from airtune.experiment.store import RunStore
 from airtune.simulation.runner import SimulatedRunner
 from airtune.types import (
-    ClientUpdate,
+    ClientTask,
+    Environment,
+    Floats,
     Pending,
     Plan,
     RoundOutcome,
     Runner,
     ServerModel,
+    TaskCost,
     Trained,
     TrainingJob,
 )
@@ -127,6 +130,8 @@ def _measured(line: Mapping[str, Any]) -> MeasuredRound | None:
     notes = cast("Mapping[str, Any]", line.get("notes") or {})
     if "predicted" not in notes or not line["arrived"] or line["dropped"]:
         return None
+    if any(value is None for entry in notes["predicted"] for value in entry.values()):
+        return None  # a client without a link, which has no seconds
     predicted = {int(entry["client"]): ClientSeconds(**entry) for entry in notes["predicted"]}
     seconds = {c["client"]: c["download_s"] + c["compute_s"] + c["upload_s"] for c in line["clients"]}
     if set(predicted) != set(seconds):
@@ -152,42 +157,91 @@ class Untrained:
         return [Trained(job.task.train.take(job.model.adapter), {"loss": 0.0}) for job in jobs]
 
 
+Prediction = Callable[[Plan, ServerModel, Pending, int, float], tuple[list[ClientSeconds], float]]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """The simulator's seconds of a plan: those of the clients, and of the round with its cut-off.
+
+    bench : the experiment's objects.
+    """
+
+    bench: Bench
+
+    def __call__(
+        self, plan: Plan, model: ServerModel, pending: Pending, round_index: int, time: float
+    ) -> tuple[list[ClientSeconds], float]:
+        """Return each client's prediction and the round's seconds, s."""
+        costs = replace(self.bench.cell.costs, shape=model.adapter.shape)
+        simulator = SimulatedRunner(self.bench.cell, costs, Untrained(), self.bench.experiment.seed)
+        outcome, _ = simulator.run(plan, model, pending, round_index=round_index, time=time)
+        speeds = outcome.fleet.flops_per_second
+        clients = [_client_seconds(update.task, update.cost, speeds) for update in outcome.updates]
+        return clients, outcome.end_time - outcome.start_time
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The seconds that a plan takes by what planners know: measured speeds and rates, where devices have measured.
+
+    A round is predicted to wait for its slowest client. environment : shows planners the fleet.
+    """
+
+    environment: Environment
+
+    def __call__(
+        self, plan: Plan, model: ServerModel, pending: Pending, round_index: int, time: float
+    ) -> tuple[list[ClientSeconds], float]:
+        """Return each client's prediction and the round's seconds, s."""
+        seen = self.environment.observe(round_index, time, pending, model)
+        clients: list[ClientSeconds] = []
+        for task in plan.tasks:
+            who = np.array([task.client])
+            up_rate = seen.links.uplink_rate(who, np.array([task.bandwidth]), np.array([task.transmit_power]))
+            up, down = seen.costs.uplink_bits(task), seen.costs.downlink_bits(task)
+            download, upload = _over(down, seen.links.downlink_rate(who)), _over(up, up_rate)
+            cost = TaskCost(download, seen.costs.compute_seconds(task), upload, up, down, 0.0)
+            clients.append(_client_seconds(task, cost, seen.fleet.flops_per_second))
+        return clients, TimeModel().round_seconds(clients)
+
+
 @dataclass(frozen=True)
 class Predicting:
-    """A runner that puts the simulator's seconds of each plan on record before another runner carries it out.
+    """A runner that puts the predicted seconds of each plan on record before another runner carries it out.
 
     Attributes
     ----------
-    inner : carries the plan out. bench : the experiment's objects.
+    inner : carries the plan out. prediction : of its seconds.
     before : is told each client's prediction before the round begins.
     """
 
     inner: Runner
-    bench: Bench
+    prediction: Prediction
     before: Callable[[Sequence[ClientSeconds]], None] | None = None
 
     def run(
         self, plan: Plan, model: ServerModel, pending: Pending, *, round_index: int, time: float
     ) -> tuple[RoundOutcome, Pending]:
         """Run one round; its plan's notes hold ``predicted`` and ``predicted_s``."""
-        costs = replace(self.bench.cell.costs, shape=model.adapter.shape)
-        simulator = SimulatedRunner(self.bench.cell, costs, Untrained(), self.bench.experiment.seed)
-        outcome, _ = simulator.run(plan, model, pending, round_index=round_index, time=time)
-        predicted = [self._of(update) for update in outcome.updates]
+        predicted, seconds = self.prediction(plan, model, pending, round_index, time)
         if self.before is not None:
             self.before(predicted)
-        seconds = outcome.end_time - outcome.start_time
         notes = {**plan.notes, "predicted": [asdict(each) for each in predicted], "predicted_s": seconds}
         return self.inner.run(replace(plan, notes=notes), model, pending, round_index=round_index, time=time)
 
-    def _of(self, update: ClientUpdate) -> ClientSeconds:
-        cost, client = update.cost, update.task.client
-        return ClientSeconds(
-            client=client,
-            download_s=cost.download_seconds,
-            compute_s=cost.compute_seconds,
-            upload_s=cost.upload_seconds,
-            flops_per_second=float(self.bench.cell.costs.fleet.flops_per_second[client]),
-            up_bit_s=cost.uplink_bits / cost.upload_seconds if cost.upload_seconds > 0 else 0.0,
-            down_bit_s=cost.downlink_bits / cost.download_seconds if cost.download_seconds > 0 else 0.0,
-        )
+
+def _over(bits: int, rate: Floats) -> float:
+    return bits / float(rate[0]) if rate[0] > 0 else float("inf")
+
+
+def _client_seconds(task: ClientTask, cost: TaskCost, flops_per_second: Floats) -> ClientSeconds:
+    return ClientSeconds(
+        client=task.client,
+        download_s=cost.download_seconds,
+        compute_s=cost.compute_seconds,
+        upload_s=cost.upload_seconds,
+        flops_per_second=float(flops_per_second[task.client]),
+        up_bit_s=cost.uplink_bits / cost.upload_seconds if cost.upload_seconds > 0 else 0.0,
+        down_bit_s=cost.downlink_bits / cost.download_seconds if cost.download_seconds > 0 else 0.0,
+    )
