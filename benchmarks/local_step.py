@@ -73,7 +73,7 @@ def kept_bytes(trainer: LocalTrainer, job: TrainingJob) -> int:
     for tensor in trained:
         tensor.grad = torch.full_like(tensor, 1e-3)
     optimizer.step()
-    owned = {id(t) for _, _, t in active.adapter.tensors()} | {id(t) for t in trained}
+    owned = {id(t) for part in (active.adapter, active.start) for _, _, t in part.tensors()} | {id(t) for t in trained}
     kept = [tensor for tensor in tensors_in(optimizer, set()) if id(tensor) not in owned]
     return sum(2 * t.nbytes for t in trained) + sum(t.nbytes for t in kept)
 
