@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from safetensors.torch import load_file
 from airtune.deploy.flower.codec import from_array, to_array
 from airtune.deploy.flower.mail import Mail
 from airtune.deploy.flower.probe import BYTES, RESOLUTION
-from airtune.deploy.flower.server_app import environment_of, serve
+from airtune.deploy.flower.server_app import environment_of, main, serve
 from airtune.errors import InputError, NoResultError
 from airtune.experiment.build import Workshop, build
 from airtune.experiment.config import read_file
@@ -352,3 +355,24 @@ def test_every_method_runs_over_flower(task: Path, tmp_path: Path, method: str) 
         return
     assert [line["cohort"] for line in ours] == [line["cohort"] for line in theirs]
     assert furthest(simulated, weights_of(real)) <= 1e-5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_an_interrupted_run_and_says_how_to_go_on(
+    task: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    def deliver(delivery: Delivery) -> object:
+        if delivery.round == 2:
+            signal.raise_signal(number)
+        return delivery.answer()
+
+    keys = {"experiment": str(task), "out": str(tmp_path / "out"), "observe": "simulated", "measure": False}
+    options = options_for(task, tmp_path / "out")
+    context: Any = SimpleNamespace(run_config=keys, run_id=1)
+    grid: Any = LoopbackGrid(options, fleet_of_nodes(CLIENTS), deliver)
+    before = signal.getsignal(number)
+    with pytest.raises(NoResultError, match=f"interrupted .{number.name}.*resume=true"):
+        main(grid, context)
+    assert signal.getsignal(number) is before
+    assert head_of(tmp_path / "out")["status"] == "interrupted"
+    assert [line["round"] for line in lines_of(tmp_path / "out")] == [0, 1]

@@ -26,7 +26,8 @@ from airtune.deploy.flower.mail import Carrier, Mail
 from airtune.deploy.flower.nodes import Nodes
 from airtune.deploy.flower.options import ServerOptions, read_experiment_of, read_options
 from airtune.deploy.flower.runner import FlowerRunner
-from airtune.errors import InputError, MissingPackageError
+from airtune.deploy.prediction import Observed, Predicting, Simulated
+from airtune.errors import InputError, MissingPackageError, NoResultError
 from airtune.experiment.build import Bench, Workshop
 from airtune.experiment.run import Actors, Session, resume, start
 from airtune.experiment.store import Plain, RunStore
@@ -37,10 +38,18 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the experiment that the run configuration names, or go on with it."""
+    """Run the experiment that the run configuration names, or go on with it.
+
+    Raises
+    ------
+    NoResultError : as `serve`, and where the run was interrupted: Flower then ends the process in order.
+    """
     options = read_options(ServerOptions, context.run_config)
-    with _termination_is_an_interruption():
-        head = serve(cast("Carrier", grid), options, command=f"flwr run (run {context.run_id})")
+    try:
+        with _termination_is_an_interruption():
+            head = serve(cast("Carrier", grid), options, command=f"flwr run (run {context.run_id})")
+    except KeyboardInterrupt as interruption:
+        raise NoResultError(f"interrupted ({interruption}); to go on: the same flwr run with resume=true") from None
     log.info("done: %s", json.dumps(head["final"]))
 
 
@@ -84,7 +93,9 @@ def actors_of(bench: Bench, carrier: Carrier, options: ServerOptions) -> Actors:
         idle_seconds=bench.experiment.fleet.idle_seconds,
         max_norm=options.max_norm,
     )
-    return Actors(environment, runner, FlowerEvaluation(bench.evaluate, runner, options.round_seconds))
+    prediction = Observed(environment) if environment.measured else Simulated(bench)
+    evaluation = FlowerEvaluation(bench.evaluate, runner, options.round_seconds)
+    return Actors(environment, Predicting(runner, prediction), evaluation)
 
 
 def environment_of(bench: Bench, mail: Mail, options: ServerOptions) -> FlowerEnvironment:
