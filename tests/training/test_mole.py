@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from airtune.compression.dense import Dense
+from airtune.deploy.jobs import pack_job, unpack_job
 from airtune.errors import InputError
 from airtune.lora import NEITHER, Adapter, AdapterSlice
 from airtune.training.export import export_adapter, export_kind
@@ -292,3 +293,24 @@ def test_what_it_refuses():
     config = {"model_type": "roberta", "num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 16}
     shape = adapter_shape(config, ModelConfig(adapter="mole", rank=2, experts=4), 2)
     assert len(shape.slots) == 2 * 2 * 4
+
+
+def test_a_job_with_gates_travels_to_a_device_and_trains_the_same(exact):
+    server = gated(exact)
+    gates = replace(AdapterSlice.everything(server.adapter.shape), tensors=NEITHER)
+    job = job_of(server, gates, penalties=(BalancePenalty(0.5),))
+    trainer = LocalTrainer(exact, tokens(), ROWS, seed=7)
+    here, there = (trainer.train([each])[0] for each in (job, unpack_job(pack_job(job))))
+    assert here.reports == there.reports
+    for (_, _, a), (_, _, b) in zip(here.values.tensors(), there.values.tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gates_see_the_same_texts_over_a_stored_prefix():
+    """With the adapter in the last layer only, the states of the first may be stored: the gates do not notice."""
+    plain = federated("bert", precision="fp64", adapter="mole", experts=EXPERTS, top_layers=1)
+    server = gated(plain)
+    wanted = logits(plain, server)
+    plain.cache_prefix(1e6)
+    assert torch.allclose(logits(plain, server), wanted, atol=1e-10) and plain.prefix.depth == 1
+    assert plain.prefix.computed == 6 and list(plain.shape.extras)[-1] == "layer1.gate_log_temperature"
