@@ -117,7 +117,9 @@ class Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End every process that carries the mark: first politely, then for good."""
+        """End every process that carries the mark: first politely, then for good. Nothing interrupts that."""
+        for asked in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(asked, signal.SIG_IGN)
         for sent in (signal.SIGTERM, signal.SIGKILL):
             deadline = time.monotonic() + 10
             for pid in self._marked():
@@ -126,6 +128,8 @@ class Processes:
                 for _, _, process in self.started:
                     process.poll()
                 time.sleep(0.1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def start(self, side: Side) -> None:
         """Start a side's processes, their output into its folder."""
