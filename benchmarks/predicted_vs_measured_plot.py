@@ -1,7 +1,7 @@
 """A picture of predicted against measured round seconds, as SVG.
 
-    cd benchmarks
-    python predicted_vs_measured_plot.py predicted_vs_measured.json ../docs/images/predicted-against-measured.svg
+cd benchmarks
+python predicted_vs_measured_plot.py predicted_vs_measured.json ../docs/images/predicted-against-measured.svg
 """
 
 from __future__ import annotations
