@@ -430,6 +430,8 @@ def test_the_bar_of_a_resumed_run_counts_rounds_or_fleet_seconds(rounds: int | N
         ("cite", "legend"),
         ("report", "RUN"),
         ("fetch", "--list"),
+        ("device", "--help"),
+        ("deploy", "--help"),
         ("run", "FILE", "--training.learning-rat", "1"),
     ],
 )
