@@ -17,6 +17,8 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from safetensors.torch import load_file
 
 from airtune.deploy.flower.codec import from_array, to_array
+from airtune.deploy.flower.device import device_of
+from airtune.deploy.flower.facts import read_facts
 from airtune.deploy.flower.mail import Mail
 from airtune.deploy.flower.probe import BYTES, RESOLUTION
 from airtune.deploy.flower.server_app import environment_of, main, serve
@@ -86,6 +88,20 @@ def test_the_adapter_is_that_of_the_simulation(
     assert [line["accuracy"] for line in ours] == pytest.approx([line["accuracy"] for line in theirs], abs=1e-9)
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], abs=1e-6)
     assert head_of(real)["status"] == "done" and (real / "report.html").is_file()
+
+
+def test_a_device_may_train_on_rows_of_its_own(task: Path, tmp_path: Path) -> None:
+    own = write_experiment(tmp_path / "own", rows=80).parent / "rows.csv"
+    options = options_for(task, tmp_path / "out", overrides="stop.rounds=1 method.cohort_size=6", observe="measured")
+    nodes = fleet_of_nodes(CLIENTS)
+    node = next(node for node, config in nodes.items() if config["partition-id"] == 3)
+    nodes[node] = {"partition-id": 3, "data": str(own)}
+    serve(LoopbackGrid(options, nodes), options)
+    (line,) = lines_of(tmp_path / "out")[1:]
+    assert line["arrived"] == [0, 1, 2, 3, 4, 5]
+    device = device_of({"experiment": str(task), "overrides": options.overrides}, nodes[node])
+    facts = read_facts(device.facts(measure=False))
+    assert facts.own_data and facts.examples == len(device.bench.tokens.train) == 60
 
 
 # -- what is the client's own ------------------------------------------------------------------------------------------

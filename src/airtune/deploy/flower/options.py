@@ -142,4 +142,5 @@ def read_experiment_of(options: ServerOptions, device: DeviceOptions | None = No
         overrides[name] = value
     if device is not None and device.data:
         overrides["data.name"] = str(Path(device.data).expanduser().resolve())
+        overrides["data.partition"] = "iid"  # whatever it is: all rows are this device's
     return read_file(path, overrides).experiment(options.method or None), path
