@@ -65,9 +65,9 @@ def installed() -> Mapping[str, list[str]]:
     return importlib.metadata.packages_distributions()
 
 
-def distribution(top: str) -> str:
-    """Return the name of the distribution that brings a module; one that is not installed is called like the module."""
-    return canonicalize_name(installed().get(top, [top])[0])
+def distributions(top: str) -> set[str]:
+    """Return the distributions that bring a module (several share ``google``); one not installed is called like it."""
+    return {canonicalize_name(name) for name in installed().get(top, [top])}
 
 
 def test_every_third_party_import_is_declared() -> None:
@@ -79,7 +79,7 @@ def test_every_third_party_import_is_declared() -> None:
         place = path.relative_to(SOURCE)
         allowed = core.union(*(extras[e] for e, folder in EXTRA_PACKAGES.items() if place.parts[0] == folder))
         for top, at_import in imports(path):
-            if distribution(top) not in (allowed if at_import else product):
+            if distributions(top).isdisjoint(allowed if at_import else product):
                 wrong.append(f"{place}: {top}{' at the top of the module' if at_import else ''}")
     assert not wrong
 
