@@ -115,7 +115,7 @@ def best_split(problem: SplitChoices) -> Solution:
     """
     usable = (np.isfinite(problem.cost) & (problem.limit < 1.0)).any(axis=1)
     if not usable.all():
-        return infeasible(len(usable), f"{name_clients(~usable)}: N w psi a^2 / beta is not below 1 at any size")
+        return infeasible(len(problem.load), f"{name_clients(~usable)}: N w psi a^2 / beta is not below 1 at any size")
     first = problem.model.alpha / problem.model.beta
     middle = np.log(
         first / max(problem.constant + float(np.where(usable, problem.cost.min(axis=1), 0.0).sum()), 1e-300)
