@@ -19,8 +19,11 @@ from pathlib import Path
 import pytest
 
 from airtune import cli
+from tiny_experiment import lines_of, write_experiment
 
 BIN = Path(sys.executable).parent
+APP = Path(__file__).resolve().parents[2] / "deploy" / "app"
+CLI = "import sys; from airtune.cli import main; sys.exit(main())"
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -88,14 +91,42 @@ def test_strangers_stay_out_and_the_right_nodes_get_in(tmp_path: Path) -> None:
         _plain_text_and_other_authorities_get_nothing(folder, other, port)
         _strangers_are_turned_away(tmp_path, folder, other, port)
         assert set(nodes(folder).values()) == {"registered"}
+        experiment = write_experiment(tmp_path / "task")
+        trainer = [sys.executable, "-c", CLI, "device", str(experiment), "--socket", str(tmp_path / "s")]
         first, second = ((tmp_path / f"node-{i}.log", folder / "nodes" / f"node-{i}" / "start.sh") for i in range(2))
         ports = [str(free_port()), str(free_port())]
+        resident = {"AIRTUNE_NODE_CONFIG": f'device="unix:{tmp_path}/s"'}
         with (
-            running(first[0], "sh", str(first[1]), home=tmp_path / "h0", AIRTUNE_NODE_PORT=ports[0]),
-            running(second[0], "sh", str(second[1]), home=tmp_path / "h1", AIRTUNE_NODE_PORT=ports[1]),
+            running(tmp_path / "trainer.log", *trainer, home=tmp_path),
+            running(first[0], "sh", str(first[1]), home=tmp_path / "h0", AIRTUNE_NODE_PORT=ports[0], **resident),
+            running(second[0], "sh", str(second[1]), home=tmp_path / "h1", AIRTUNE_NODE_PORT=ports[1], **resident),
         ):
             until(lambda: all("SuperNode ID" in each[0].read_text() for each in (first, second)), "nodes do not join")
             assert set(nodes(folder).values()) == {"online"}
+            _a_run_ends_with_an_adapter(tmp_path, folder)
+
+
+def _a_run_ends_with_an_adapter(tmp_path: Path, folder: Path) -> None:
+    """Train a round over TLS with both nodes, whose messages go to one resident trainer."""
+    until(lambda: "ready at" in (tmp_path / "trainer.log").read_text(), "the resident trainer does not start")
+    words = {
+        "experiment": str(tmp_path / "task" / "tiny.toml"),
+        "out": str(tmp_path / "run"),
+        "overrides": "method.cohort_size=2 stop.rounds=1",
+        "observe": "simulated",
+        "measure": False,
+        "nodes": 2,
+    }
+    config = " ".join(f"{key}={json.dumps(value)}" for key, value in words.items())
+    command = ["flwr", "run", str(APP), "airtune", "--stream", "--run-config", config]
+    done = subprocess.run(
+        command,
+        env={**ENVIRONMENT, "FLWR_HOME": str(folder / "flwr")},
+        capture_output=True, text=True, timeout=2 * PATIENCE,
+    )  # fmt: skip
+    lines = lines_of(tmp_path / "run")
+    assert [line["arrived"] for line in lines[1:]] == [[0, 1]], done.stdout + done.stderr
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
 def _plain_text_and_other_authorities_get_nothing(folder: Path, other: Path, port: int) -> None:
