@@ -50,14 +50,13 @@ def tiny(folder: Path) -> Experiment:
     return read_file(write_experiment(folder)).experiment("adaptive-sampling", **changes)
 
 
-def test_a_task_that_pilots_do_not_explain_is_refused_and_says_by_how_much(tmp_path: Path) -> None:
-    """Ten rounds of this task are noise: no formula fits them."""
-    with pytest.raises(NoResultError, match="more than 25%"):
-        run_pilots(tiny(tmp_path / "task"), tmp_path / "pilots", Session(Workshop()), rounds=10, settings=SETTINGS)
-    stored = json.loads((tmp_path / "pilots" / "pilot.json").read_text())
-    assert stored["usable"] is False
-    assert stored["largest_residual"] > 0.25
-    assert len(lines_of(tmp_path / "pilots" / "pilot-2")) == 11
+def test_a_task_that_pilots_do_not_explain_is_no_result_and_its_runs_are_kept(tmp_path: Path) -> None:
+    """A few rounds of this task are noise: some pilot never gains, or no formula fits; either way nothing is usable."""
+    with pytest.raises(NoResultError, match=r"^pilot: "):
+        run_pilots(tiny(tmp_path / "task"), tmp_path / "pilots", Session(Workshop()), rounds=4, settings=SETTINGS)
+    stored = tmp_path / "pilots" / "pilot.json"
+    assert not stored.exists() or json.loads(stored.read_text())["usable"] is False
+    assert [len(lines_of(tmp_path / "pilots" / f"pilot-{index}")) for index in range(3)] == [5, 5, 5]
 
 
 def test_the_rounds_of_real_pilots_become_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
