@@ -26,7 +26,9 @@ def test_every_example_is_a_valid_experiment(block: str) -> None:
     assert experiment.method_name in built_in_names()
 
 
-@pytest.mark.parametrize("name", ["fedadapter", "fedit", "fedra", "hetlora", "hierfedlora", "legend", "mole", "composed"])
+@pytest.mark.parametrize(
+    "name", ["fedadapter", "fedit", "fedra", "hetlora", "hierfedlora", "legend", "mole", "composed"]
+)
 def test_a_page_mentions_every_field_and_the_paper(name: str) -> None:
     page = (DOCS / "methods" / f"{name}.md").read_text(encoding="utf-8")
     kind = method_class(name)
