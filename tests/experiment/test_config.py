@@ -136,6 +136,15 @@ def test_tables_on_the_command_line_are_json_or_toml() -> None:
         assert ExperimentFile("x", BASE, {"fleet.devices": text}).experiment().fleet.devices == {"pixel-8": 3}
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("memory_budget", 1e9), ("micro_batch_tokens", 512), ("checkpointing", True)]
+)
+def test_keys_of_the_cohort_engine_are_not_ignored_by_the_twin(field: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f'{field}: the twin has none; valid: leave it out, or engine = "cohort"'):
+        Engine(**{field: value})
+    assert getattr(Engine(engine="cohort", **{field: value}), field) == value
+
+
 def test_an_override_may_be_an_inline_table(tmp_path: Path) -> None:
     path = write_experiment(tmp_path)
     text = '{ type = "dirichlet", alpha = 0.25 }'

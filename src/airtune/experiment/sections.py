@@ -136,8 +136,9 @@ class Engine:
             raise InputError(f"prefix_cache: {self.prefix_cache:g} B is not possible; valid: a positive size, or none")
         if self.memory_budget is not None and not 1.0 <= self.memory_budget < math.inf:
             raise InputError(f"memory_budget: {self.memory_budget:g} B is no size; valid: a positive one, or none")
-        if self.checkpointing and self.engine == "twin":
-            raise InputError('checkpointing: the twin has none; valid: false, or engine = "cohort"')
+        for name in ("memory_budget", "micro_batch_tokens", "checkpointing"):
+            if getattr(self, name) and self.engine == "twin":
+                raise InputError(f'{name}: the twin has none; valid: leave it out, or engine = "cohort"')
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
             raise InputError(f"micro_batch_tokens: {self.micro_batch_tokens} is below 1")
 

@@ -168,8 +168,6 @@ def _made(server: ServerOptions, options: DeviceOptions) -> Device:
 def _bench(server: ServerOptions, options: DeviceOptions) -> Bench:
     """Return the experiment's objects; all clients of a process share the base model and the tokens."""
     experiment, _ = read_experiment_of(server, options)
-    if experiment.engine.precision == "fp64":
-        raise InputError("training.precision: fp64 does not travel (models are sent in 32 bits); valid: fp32, bf16")
     return build(experiment, workshop())
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from airtune.errors import InputError
 from airtune.experiment.config import Experiment, read_file
+from airtune.experiment.sections import Engine
 
 Chosen = TypeVar("Chosen")
 
@@ -130,7 +131,12 @@ def _converted(key: str, value: Any, kind: type) -> Any:
 
 
 def read_experiment_of(options: ServerOptions, device: DeviceOptions | None = None) -> tuple[Experiment, Path]:
-    """Return the experiment as the server or a device reads it, and its file."""
+    """Return the experiment as the server or a device reads it, and its file.
+
+    Raises
+    ------
+    InputError : there is no such file, it cannot be read, or it asks for an engine that is for simulations.
+    """
     path = Path(device.experiment if device is not None and device.experiment else options.experiment).expanduser()
     if not path.is_file():
         raise InputError(f"experiment: there is no file {path}; valid: the path of an experiment file on this machine")
@@ -143,4 +149,15 @@ def read_experiment_of(options: ServerOptions, device: DeviceOptions | None = No
     if device is not None and device.data:
         overrides["data.name"] = str(Path(device.data).expanduser().resolve())
         overrides["data.partition"] = "iid"  # whatever it is: all rows are this device's
-    return read_file(path, overrides).experiment(options.method or None), path
+    experiment = read_file(path, overrides).experiment(options.method or None)
+    _check_engine(experiment.engine)
+    return experiment, path
+
+
+def _check_engine(engine: Engine) -> None:
+    """Refuse what a device cannot do as the experiment says."""
+    if engine.precision == "fp64":
+        raise InputError("training.precision: fp64 does not travel (models are sent in 32 bits); valid: fp32, bf16")
+    if engine.engine == "cohort" or engine.workers is not None:
+        name = "engine" if engine.engine == "cohort" else "workers"
+        raise InputError(f'training.{name}: a device trains one client at a time; valid: engine = "twin", no workers')

@@ -27,7 +27,7 @@ from airtune.deploy.flower.nodes import Nodes
 from airtune.deploy.flower.options import ServerOptions, read_experiment_of, read_options
 from airtune.deploy.flower.runner import FlowerRunner
 from airtune.deploy.prediction import Observed, Predicting, Simulated
-from airtune.errors import InputError, MissingPackageError, NoResultError
+from airtune.errors import MissingPackageError, NoResultError
 from airtune.experiment.build import Bench, Workshop
 from airtune.experiment.run import Actors, Session, resume, start
 from airtune.experiment.store import Plain, RunStore
@@ -63,8 +63,6 @@ def serve(carrier: Carrier, options: ServerOptions, *, command: str = "") -> Pla
     KeyboardInterrupt : passed on; run.json says "interrupted", the checkpoint is that of the last whole round.
     """
     experiment, file = read_experiment_of(options)
-    if experiment.engine.precision == "fp64":
-        raise InputError("training.precision: fp64 does not travel (models are sent in 32 bits); valid: fp32, bf16")
     default = Path("runs") / f"{experiment.name}-{experiment.label}-{experiment.seed}-flower"
     folder = Path(options.out).expanduser() if options.out else default
     session = Session(Workshop(), Rounds(), command, file, actors=lambda bench: actors_of(bench, carrier, options))
