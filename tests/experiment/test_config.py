@@ -18,7 +18,7 @@ from airtune.experiment.config import KEYS, ExperimentFile, read_experiment, rea
 from airtune.experiment.hints import choices_of, field_names
 from airtune.experiment.sections import Engine, Evaluation, FleetConfig, StopLimits
 from airtune.experiment.toml import write_toml
-from airtune.methods import method_names
+from airtune.methods import method_class, method_names
 from airtune.training.data import DataConfig
 from airtune.training.partition import PARTITIONERS
 from airtune.training.shapes import ModelConfig
@@ -46,7 +46,8 @@ def fields_of(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", method_names())
 def test_every_method_goes_to_toml_and_back(name: str) -> None:
-    experiment = file(method=fields_of(name), training={"learning_rate": 0.02}).experiment()
+    model = {"adapter": getattr(method_class(name), "only_adapter", "lora")}
+    experiment = file(method=fields_of(name), model=model, training={"learning_rate": 0.02}).experiment()
     plain = experiment.plain()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert read_experiment(plain, experiment.label) == experiment
@@ -158,6 +159,7 @@ def test_an_override_may_be_an_inline_table(tmp_path: Path) -> None:
     )
     private = read_file(path, {"training.privacy": "{ largest_norm = 0.5 }"}).experiment("fedit").training.privacy
     assert private is not None and private.largest_norm == 0.5
+    assert read_file(path, {"fleet.devices": '{"pixel-8": 3}'}).experiment("fedit").fleet.clients == 3  # JSON
     with pytest.raises(InputError, match=r"data\.partition: .*no inline table"):
         read_file(path, {"data.partition": "{ type = dirichlet }"})
 

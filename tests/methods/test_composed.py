@@ -12,6 +12,7 @@ from airtune.errors import InputError
 from airtune.federation import Stop, begin, run
 from airtune.methods.adaptive_sampling import AdaptiveSampling
 from airtune.methods.composed import PLANNERS, Composed
+from airtune.methods.fedadapter import FedAdapter
 from airtune.methods.fedit import FedIT
 from airtune.methods.hetlora import HetLoRA
 from airtune.methods.legend import Legend
@@ -36,6 +37,7 @@ PLANNER_ROWS: list[Any] = [
     ),
     Separate(bandwidth=EqualFinish(), power=LeastPower()),
     AdaptiveSampling(polish_evaluations=0),
+    FedAdapter(first_width=1),
     HetLoRA(lowest_rank=1),
     Legend(reference_rank=2),
     Legend(reference_rank=2, drop_straggler=True),

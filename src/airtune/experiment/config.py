@@ -7,7 +7,9 @@ method's ...), so a new field there can be set here at once. `Experiment.plain` 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -182,9 +184,11 @@ def read_file(path: Path, overrides: Mapping[str, Any] | None = None) -> Experim
 
 
 def _inline_table(name: str, value: Any) -> Any:
-    """Return the table that a text like ``{ type = "iid" }`` is in TOML; other values as they are."""
+    """Return the table that a text like ``{ type = "iid" }`` is in TOML, or in JSON; other values as they are."""
     if not isinstance(value, str) or not value.strip().startswith("{"):
         return value
+    with contextlib.suppress(ValueError):
+        return json.loads(value)
     try:
         return tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError as error:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
@@ -220,7 +221,7 @@ class FederatedModel:
             fixed = owner in gains and gains[owner].factors is None
             tensor.requires_grad_(wanted and not fixed and (kind == "extra" or train.kept(owner) > 0))
         gates = self._gates(trained, beam)
-        frozen = _map_tensors(_held_only(model.adapter, train, receive), self._leaf)
+        frozen = _map_tensors(held_only(model.adapter, train, receive), self._leaf)
         merged = {module: _map_factors(as_factors(update), self._leaf) for module, update in model.base_update.items()}
         if self.prefix is not None:
             self.prefix.look(set(trained.placement) | {gain.slot for gain in gains.values()}, frozen, merged)
@@ -355,15 +356,14 @@ def _weight(layer: LoraLinear) -> Tensor:
     return weight.T if layer.fan_in_fan_out else weight
 
 
-def _held_only(adapter: Adapter, train: AdapterSlice, receive: AdapterSlice | None) -> Adapter:
+def held_only(adapter: Adapter, train: AdapterSlice, receive: AdapterSlice | None) -> Adapter:
     """Return what is present but frozen: received and not trained; nothing if the rest is absent."""
     held = AdapterSlice.everything(adapter.shape) if receive is None else receive
     kept: dict[str, Indices] = {}
     if train.outside == "frozen":
         rest = train.complement(adapter.shape)
         for slot, indices in rest.components.items():
-            present = set(held.components.get(slot, ()))
-            kept[slot] = indices[[int(index) in present for index in indices]]
+            kept[slot] = indices[np.isin(indices, held.components.get(slot, np.empty(0, np.int64)))]
     return AdapterSlice(kept, extras=False).take(adapter)
 
 

@@ -13,6 +13,7 @@ from airtune.errors import InputError
 from airtune.lora import Adapter, AdapterSlice, Indices
 from airtune.optimizers import GaLore, LoraPro, LoraRite, as_optimizer
 from airtune.training.local import LocalTrainer
+from airtune.training.model import held_only
 from airtune.types import LocalTraining, OrthogonalityPenalty, ProximalPenalty, TailPenalty, TrainingJob
 
 TWIN = 'training.engine = "twin"'
@@ -63,16 +64,6 @@ class _Prepared:
         if wide not in self.held:
             self.held[wide] = held_only(adapter, task.train, task.receive)
         return self.trained[key], self.held[wide]
-
-
-def held_only(adapter: Adapter, train: AdapterSlice, receive: AdapterSlice) -> Adapter:
-    """Return what is present but frozen: received and not trained; nothing if the rest is absent."""
-    kept: dict[str, Indices] = {}
-    if train.outside == "frozen":
-        for slot, indices in train.complement(adapter.shape).components.items():
-            present = np.isin(indices, receive.components.get(slot, np.empty(0, np.int64)))
-            kept[slot] = indices[present]
-    return AdapterSlice(kept, extras=False).take(adapter)
 
 
 def members_of(jobs: Sequence[TrainingJob], twin: LocalTrainer) -> list[Member]:
