@@ -315,7 +315,8 @@ def test_a_diverged_model_is_exit_code_3_and_keeps_the_artefacts(
 def test_an_interruption_is_exit_code_130_and_says_how_to_go_on(file: Path, tmp_path: Path, number: int) -> None:
     out = tmp_path / "a run"
     argv = process("run", file, "--out", out, "--stop.rounds", "2000")
-    running = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = {"preexec_fn": lambda: signal.signal(number, signal.SIG_DFL)}  # a shell's background job ignores Ctrl-C
+    running = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard)
     rounds = out / "rounds.jsonl"
     for _ in range(3000):
         if rounds.is_file() and rounds.read_bytes().count(b"\n") > 2:
