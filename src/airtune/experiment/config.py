@@ -7,11 +7,8 @@ method's ...), so a new field there can be set here at once. `Experiment.plain` 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +20,7 @@ from airtune.experiment.combinations import check_combination
 from airtune.experiment.hints import Context, Plain
 from airtune.experiment.paths import absolute_overrides, absolute_paths
 from airtune.experiment.pilot_file import read_constants
-from airtune.experiment.schema import check_keys, read, read_dataclass, write_dataclass
+from airtune.experiment.schema import check_keys, from_notation, read, read_dataclass, write_dataclass
 from airtune.experiment.sections import (
     Engine,
     Evaluation,
@@ -187,11 +184,9 @@ def _inline_table(name: str, value: Any) -> Any:
     """Return the table that a text like ``{ type = "iid" }`` is in TOML, or in JSON; other values as they are."""
     if not isinstance(value, str) or not value.strip().startswith("{"):
         return value
-    with contextlib.suppress(ValueError):
-        return json.loads(value)
     try:
-        return tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError as error:
+        return from_notation(value.strip())
+    except ValueError as error:
         raise InputError(f"{name}: {value!r} is no inline table ({error}); valid: {{ key = value, ... }}") from error
 
 

@@ -15,6 +15,7 @@ names the field, what is valid, and the nearest match.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -207,18 +208,17 @@ def _from_text(hint: Any, value: Any) -> Any:
         return value
     if value[:1] in "[{":
         try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return _inline_table(value)
+            return from_notation(value)
+        except ValueError:
+            return value
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
-def _inline_table(text: str) -> Any:
-    """Return the value of text in TOML's notation, ``{ jetson-tx2 = 2 }``, or the text if it is none."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+def from_notation(text: str) -> Any:
+    """Return the list or table that a text is in JSON's or in TOML's notation; ValueError if it is neither."""
+    with contextlib.suppress(json.JSONDecodeError):
+        return json.loads(text)
+    return tomllib.loads(f"value = {text}")["value"]
 
 
 @lru_cache(maxsize=512)
