@@ -20,7 +20,7 @@ from airtune.simulation.cell import Cell
 from airtune.simulation.costs import CostModel
 from airtune.simulation.fleet import fleet_of
 from airtune.simulation.runner import SimulatedRunner
-from airtune.training.beam import Gate, Search, kept_components, kept_share
+from airtune.training.beam import Gate, Search, kept_components, kept_share, memory_of
 from airtune.training.local import LocalTrainer
 from airtune.training.shapes import ModelConfig
 from airtune.types import Beam, ClientTask, LocalTraining, ProximalPenalty, ServerModel, TrainingJob
@@ -82,7 +82,9 @@ def test_a_copy_has_values_and_moments_of_the_snapshot(kind):
     gate = Gate(z, 0.05)
     factors = LoraFactors(A=a, B=b, scaling=1.0)
     rng = np.random.default_rng(0)
-    search = Search(Beam(every=4, first_share=0.8), {"slot": factors}, {"slot": gate}, step, steps=8, rng=rng)
+    search = Search(
+        Beam(every=4, first_share=0.8), {"slot": factors}, {"slot": gate}, memory_of(step), steps=8, rng=rng
+    )
     states = {}
     for t in range(1, 5):
         step.zero_grad()

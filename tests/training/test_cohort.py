@@ -396,7 +396,7 @@ def test_training_that_it_cannot_do_is_refused(fields: dict[str, Any], problem: 
         both.cohort.check(LocalTraining(**fields))
 
 
-@pytest.mark.parametrize("adapter", ["dora", "beam-lora"])
+@pytest.mark.parametrize("adapter", ["dora", "mole"])
 def test_adapters_without_a_stacked_form_are_refused(adapter: str) -> None:
     model = federated("bert", adapter=adapter)
     with pytest.raises(InputError, match=rf"model\.adapter: the cohort engine has no {adapter}.*twin"):

@@ -33,10 +33,18 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if isinstance(value, int | float)} for line in lines]
 
 
-@pytest.mark.parametrize("label", ["fedit", "legend", "hetlora", "flora", "fed-sb", "hierfedlora"])
-def test_a_run_gives_the_twins_rounds(file: Path, session: Session, tmp_path: Path, label: str) -> None:
+BEAM = {"model__adapter": "beam-lora", "training__local_steps": 4, "training__beam": {"every": 2, "first_share": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("label", "changes"),
+    [*((label, {}) for label in ("fedit", "legend", "hetlora", "flora", "fed-sb", "hierfedlora")), ("flora", BEAM)],
+)
+def test_a_run_gives_the_twins_rounds(
+    file: Path, session: Session, tmp_path: Path, label: str, changes: dict[str, Any]
+) -> None:
     for engine in ("twin", "cohort"):
-        start(experiment(file, label, engine, training__optimizer="sgd"), tmp_path / engine, session)
+        start(experiment(file, label, engine, training__optimizer="sgd", **changes), tmp_path / engine, session)
     for mine, wanted in zip(rounds(tmp_path / "cohort"), rounds(tmp_path / "twin"), strict=True):
         assert mine == pytest.approx(wanted, rel=1e-5)
     assert rounds(tmp_path / "cohort")[-1]["train_loss"] > 0

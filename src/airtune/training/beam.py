@@ -15,7 +15,7 @@ the round. At most half of a slot's components are replaced at once, or a compon
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,20 +59,28 @@ class GatedRows(nn.Module):
 
 
 Saved = dict[Tensor, dict[str, Tensor]]
+Memory = Callable[[Tensor], Mapping[str, Tensor]]  # what an optimizer remembers of a tensor, value by value
+ONE_FACTOR = "model.adapter: beam-lora copies components of A and B, one of which is not trained"
+UNMOVABLE = (
+    "training.optimizer: beam-lora moves the moments of single components, which lora-rite does not have; "
+    "valid: adamw, sgd, lora-plus, lora-pro"
+)
 
 
 @dataclass
 class Search:
     """The search of one client over the steps of a round.
 
-    factors : slot -> factors whose tensors are leaves. gates : slot -> its gate. steps : of the client in this round.
-    rng : pairs pruned components with those that replace them. replaced : number of components so far.
+    factors : slot -> factors, changed in place. gates : slot -> its gate, in the same order, changed in place.
+    memory : of the optimizer: returns tensors of the shape of that which is asked for, changed in place.
+    steps : of the client in this round. rng : pairs pruned components with those that replace them.
+    replaced : number of components so far.
     """
 
     beam: Beam
     factors: Mapping[str, LoraFactors]
     gates: Mapping[str, Gate]
-    optimizer: torch.optim.Optimizer
+    memory: Memory
     steps: int
     rng: np.random.Generator
     replaced: int = 0
@@ -87,11 +95,12 @@ class Search:
         if step % every == 0 and step + every <= self.steps:
             for slot, (pruned, copied) in self._choose(step).items():
                 self._expand(slot, pruned, copied)
+            self.snapshot = {}
 
     def _state(self, tensor: Tensor) -> dict[str, Tensor]:
         """Return copies of a tensor and of what the optimizer remembers of it, value by value."""
-        moments = {k: v for k, v in self.optimizer.state[tensor].items() if _is_like(v, tensor)}
-        return {"value": tensor.detach().clone(), **{key: value.clone() for key, value in moments.items()}}
+        moments = {key: value.clone() for key, value in self.memory(tensor).items()}
+        return {"value": tensor.detach().clone(), **moments}
 
     def _choose(self, step: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Return slot -> (pruned, replacing) components, paired at random."""
@@ -111,16 +120,15 @@ class Search:
         f, logits = self.factors[slot], self.gates[slot].logits
         for tensor, by_column in ((f.A, False), (f.B, True)):
             for key, old in self.snapshot[tensor].items():
-                target = tensor if key == "value" else self.optimizer.state[tensor][key]
+                target = tensor if key == "value" else self.memory(tensor)[key]
                 if by_column:
                     target[:, pruned] = old[:, copied]
                 else:
                     target[pruned] = old[copied]
         mean = (logits[pruned] + logits[copied]) / 2
         logits[pruned], logits[copied] = mean, mean
-        for value in self.optimizer.state[logits].values():
-            if _is_like(value, logits):
-                value[pruned], value[copied] = 0.0, 0.0
+        for value in self.memory(logits).values():
+            value[pruned], value[copied] = 0.0, 0.0
         self.replaced += len(pruned)
 
 
@@ -140,8 +148,8 @@ def kept_components(importance: Mapping[str, Tensor], share: float) -> dict[str,
     return dict(zip(importance, parts, strict=True))
 
 
-def editable(optimizer: object) -> torch.optim.Optimizer:
-    """Return the torch optimizer whose moments can follow the components.
+def memory_of(optimizer: object) -> Memory:
+    """Return the memory of a torch optimizer, whose moments can follow the components.
 
     Raises
     ------
@@ -149,12 +157,10 @@ def editable(optimizer: object) -> torch.optim.Optimizer:
     """
     inner = getattr(optimizer, "inner", optimizer)
     if not isinstance(inner, torch.optim.Optimizer):
-        raise InputError(
-            "training.optimizer: beam-lora moves the moments of single components, which lora-rite does not have; "
-            "valid: adamw, sgd, lora-plus, lora-pro"
-        )
-    return inner
+        raise InputError(UNMOVABLE)
 
+    def memory(tensor: Tensor) -> dict[str, Tensor]:
+        found = inner.state[tensor].items()
+        return {key: value for key, value in found if isinstance(value, Tensor) and value.shape == tensor.shape}
 
-def _is_like(value: object, tensor: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == tensor.shape
+    return memory

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from airtune.streams import stream, torch_seed
-from airtune.training.beam import Search, editable
+from airtune.training.beam import Search, memory_of
 from airtune.training.data import TokenizedData, client_batches
 from airtune.training.layers import SeededDropout
 from airtune.training.losses import mean_loss
@@ -178,7 +178,7 @@ def _search(
     """Return the search over components, None if they do not compete."""
     if not active.gates:
         return None
-    return Search(training.beam, active.adapter.factors, active.gates, editable(optimizer), steps, rng)
+    return Search(training.beam, active.adapter.factors, active.gates, memory_of(optimizer), steps, rng)
 
 
 def _tail_norms(tails: Sequence[TailPenalty], active: ActiveAdapter, when: str) -> dict[str, float]:

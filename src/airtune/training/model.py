@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from airtune.errors import InputError
 from airtune.lora import Adapter, AdapterShape, AdapterSlice, DenseUpdate, Indices, LoraFactors, MergedUpdate
 from airtune.streams import torch_seed
-from airtune.training.beam import Gate
+from airtune.training.beam import ONE_FACTOR, Gate
 from airtune.training.bottleneck import put_behind
 from airtune.training.dora import RowGain, decomposed
 from airtune.training.gates import is_gate
@@ -246,7 +246,7 @@ class FederatedModel:
         found: dict[str, Gate] = {}
         for slot, f in trained.factors.items():
             if not (f.A.requires_grad and f.B.requires_grad):
-                raise InputError("model.adapter: beam-lora copies components of A and B, one of which is not trained")
+                raise InputError(ONE_FACTOR)
             found[slot] = Gate(nn.Parameter(f.A.new_zeros(f.rank)), beam.temperature)
         return found
 

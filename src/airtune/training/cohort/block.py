@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from airtune.training.beam import Search
 from airtune.training.cohort.batches import MicroBatch, Packing
 from airtune.training.cohort.constants import Constants
 from airtune.training.cohort.dropout import ClientDropout
@@ -95,7 +96,7 @@ class Block:
     def __post_init__(self) -> None:
         """Build stacks, constants, optimizer and penalties."""
         self.like = torch.empty(0, dtype=self.model.dtype, device=self.model.device)
-        cohort = Cohort(self.members, self.like)
+        cohort = Cohort(self.members, self.like, gated=self.model.config.adapter == "beam-lora")
         self.stacks: Stacks = cohort.stacks()
         self.constants = Constants(self.like)
         self.parts = cohort.parts(self.constants)
@@ -103,6 +104,10 @@ class Block:
         self.settings = Settings.of(trainings, self.like)
         self.optimizer: StackedOptimizer = stacked_optimizer(self.stacks, cohort.pairs(self.constants), trainings)
         self.penalties = cohort.penalties(self.constants, self.stacks)
+        self.gates = cohort.gates()
+        self.searches: list[Search] = []
+        if self.gates is not None:
+            self.searches = self.gates.searches(self.stacks, self.optimizer, self.members, self.seed)
         self.dropout = ClientDropout.of(self.members, self.tokens, self.seed, self.like)
         self.compute_type = torch.bfloat16 if self.model.precision == "bf16" else self.model.dtype
 
@@ -156,6 +161,9 @@ class Block:
             self._count(batches, losses, total, lengths, progress)
             clip(self.stacks.gradients[:active], self.settings.limit[:active])
             self.optimizer.step(active)
+        if self.searches:
+            for member in (k for k, _ in batches if not progress.diverged[k]):
+                self.searches[member].after(step + 1)
         return True
 
     def _backward(self, micro: MicroBatch, step: int, losses: Tensor) -> None:
@@ -164,6 +172,8 @@ class Block:
         leaves = self.stacks.leaves(members)
         weights, scaling = self.constants.select(members, self._cast)
         weights |= {key: self._cast(leaf) for key, leaf in leaves.items()}
+        if self.gates is not None:
+            weights |= self.gates.importance(leaves, members)
         mask = self.dropout.mask_of(micro, self.members, step)
         self.session.bound = Bound(micro.rows, micro.segments, self.parts, weights, scaling, mask)
         batch = {name: torch.from_numpy(values) for name, values in self.tokens.batch(micro.indices).items()}
@@ -221,10 +231,13 @@ class Block:
             return self.penalties.tail_norms(self.stacks, len(self.members))
 
     def _results(self, progress: Progress, before: Tensor | None, after: Tensor | None) -> list[Trained]:
-        values = self.stacks.values.cpu()
+        whole = self.stacks.values if self.gates is None else self.gates.folded(self.stacks)
+        values = whole.cpu()
         results: list[Trained] = []
         for place, member in enumerate(self.members):
             reports = progress.reports(place)
+            if self.searches and progress.steps[place]:
+                reports["replaced"] = float(self.searches[place].replaced)
             for when, norms in (("before", before), ("after", after)):
                 if norms is not None:
                     reports[f"tail_norm_{when}"] = float(norms[place])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Key = tuple[str, str]  # (slot, "A" | "B" | "core") or (name of an extra tensor, "extra")
+Key = tuple[str, str]  # (slot, "A" | "B" | "core" | "gate") or (name of an extra tensor, "extra")
 Mask = Callable[[str, Tensor], Tensor]  # dropout of a slot: from an input [rows, ...] to the same, entries dropped
 
 
@@ -47,6 +47,7 @@ class Part:
         dense matrix under `a`.
     scaling : key of the scalings; of a trained part the slot.
     dropout : whether the clients' dropout acts on its input.
+    gate : key of the importances of its components, [clients, rank]; None: all are one.
     """
 
     a: Key
@@ -54,6 +55,7 @@ class Part:
     core: Key | None
     scaling: str
     dropout: bool = False
+    gate: Key | None = None
 
 
 @dataclass
@@ -131,6 +133,9 @@ def add_part(output: Tensor, x: Tensor, part: Part, bound: Bound) -> Tensor:
     inner = by_client(x.to(weights[part.a].dtype), weights[part.a], bound.segments, bound.rows)
     if part.core is not None:
         inner = by_client(inner, weights[part.core], bound.segments, bound.rows)
+    if part.gate is not None:
+        each = inner.reshape(bound.rows, -1, inner.shape[-1])
+        inner = (each * per_row(weights[part.gate], bound.segments, each)).to(inner.dtype).reshape(inner.shape)
     scaling = bound.scaling[part.scaling]
     if isinstance(scaling, Tensor):
         scaling = per_row(scaling, bound.segments, inner).to(inner.dtype)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from airtune.errors import InputError
 from airtune.lora import Adapter, AdapterSlice, Indices
 from airtune.optimizers import GaLore, LoraPro, LoraRite, as_optimizer
+from airtune.training.beam import UNMOVABLE
 from airtune.training.local import LocalTrainer
 from airtune.training.model import held_only
 from airtune.types import LocalTraining, OrthogonalityPenalty, ProximalPenalty, TailPenalty, TrainingJob
@@ -88,12 +89,14 @@ def trained_kinds(trained: Adapter, train: AdapterSlice) -> Iterable[str]:
     return sorted({kind for _, kind, _ in train.payload(trained) if kind != "magnitude"})
 
 
-def check_training(training: LocalTraining, *, checkpointing: bool = False) -> None:
+def check_training(training: LocalTraining, *, checkpointing: bool = False, gated: bool = False) -> None:
     """Refuse what cannot be done for many clients at once.
+
+    gated : whether components have gates (BeamLoRA).
 
     Raises
     ------
-    InputError : base dropout, privacy of examples, an unknown penalty, or the optimizer GaLore.
+    InputError : base dropout, privacy of examples, an unknown penalty, the optimizer GaLore, or LoRA-RITE with gates.
     """
     if training.base_dropout:
         raise InputError(
@@ -114,6 +117,8 @@ def check_training(training: LocalTraining, *, checkpointing: bool = False) -> N
             "training.optimizer: the cohort engine has no galore; valid: adamw, sgd, lora-plus, lora-rite, lora-pro, "
             f"or {TWIN}"
         )
+    if gated and isinstance(as_optimizer(training.optimizer), LoraRite):
+        raise InputError(UNMOVABLE)
 
 
 def grouped(members: Sequence[Member]) -> list[list[Member]]:

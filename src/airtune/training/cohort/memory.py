@@ -13,6 +13,7 @@ from airtune.devices.memory import activation_bytes
 
 STATE_SHARE = 0.25  # of the budget for the stacks of a block; the rest is for activations [our choice]
 ROWS_OF_STATE = 6  # values, gradients, two moments, a step's change, the copy for a micro-batch
+ROWS_OF_SNAPSHOT = 3  # values and two moments, which BeamLoRA keeps beside
 GREATEST_BLOCK = {"cpu": 128, "cuda": 1024}  # clients; more gain nothing, and their moments would be held at once
 
 
@@ -51,9 +52,12 @@ def bytes_per_token(
     return layers + (16.0 * shape.vocabulary if causal else 0.0)
 
 
-def block_clients(budget: int, width: int, value_bytes: int, device: str = "cpu") -> int:
-    """Return how many clients of `width` trained values each fit into the share of the budget for stacks."""
-    return max(1, min(GREATEST_BLOCK[device], int(STATE_SHARE * budget) // max(ROWS_OF_STATE * width * value_bytes, 1)))
+def block_clients(budget: int, width: int, value_bytes: int, device: str = "cpu", *, rows: int = ROWS_OF_STATE) -> int:
+    """Return how many clients fit into the share of the budget for stacks.
+
+    width : trained values of a client. rows : that many values are kept for each of them.
+    """
+    return max(1, min(GREATEST_BLOCK[device], int(STATE_SHARE * budget) // max(rows * width * value_bytes, 1)))
 
 
 def _lines(path: str) -> list[str]:

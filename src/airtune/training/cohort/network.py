@@ -14,7 +14,7 @@ from airtune.training.cohort.members import TWIN
 from airtune.training.model import FederatedModel
 from airtune.training.shapes import is_gain, placement_of, stack_name
 
-SERVED = ("lora", "rslora", "msp-lora")
+SERVED = ("lora", "rslora", "msp-lora", "beam-lora")
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 

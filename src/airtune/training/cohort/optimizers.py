@@ -16,6 +16,7 @@ from torch import Tensor
 
 from airtune.errors import InputError
 from airtune.optimizers import SGD, AdamW, GaLore, LoraPlus, LoraPro, LoraRite, Moments, as_optimizer
+from airtune.training.beam import UNMOVABLE
 from airtune.training.cohort.stacks import Layout, Stacks
 from airtune.training.optimizers.groups import head_rate
 from airtune.training.optimizers.lora_pro import inverse, pro_gradients
@@ -64,11 +65,11 @@ class Settings:
 
     def spans(self, layout: Layout, ratio: float = 1.0) -> list[tuple[slice, Tensor]]:
         """Return columns and their rate, [clients, 1]; `ratio` is that of B's rate to A's (LoRA+)."""
-        (a, b, core, extra) = (layout.kinds[kind] for kind in ("A", "B", "core", "extra"))
+        a, b, core, gate, extra = (layout.kinds[kind] for kind in ("A", "B", "core", "gate", "extra"))
         if ratio == 1.0:
-            found = [(slice(a[0], core[1]), self.rate)]
+            found = [(slice(a[0], gate[1]), self.rate)]
         else:
-            found = [(slice(*a), self.rate), (slice(*b), ratio * self.rate), (slice(*core), self.rate)]
+            found = [(slice(*a), self.rate), (slice(*b), ratio * self.rate), (slice(core[0], gate[1]), self.rate)]
         return [(span, rate) for span, rate in [*found, (slice(*extra), self.head_rate)] if span.stop > span.start]
 
 
@@ -288,6 +289,24 @@ def stacked_optimizer(
             return StackedLoraRite(stacks, pairs, settings, chosen, _rest(stacks, settings))
         case GaLore():
             raise InputError("training.optimizer: the cohort engine has no galore")
+
+
+def moments_of(optimizer: StackedOptimizer) -> dict[str, Tensor]:
+    """Return what an optimizer of all columns remembers value by value, [clients, columns] each; changes act on it.
+
+    Raises
+    ------
+    InputError : it keeps its moments in another basis.
+    """
+    match optimizer:
+        case StackedAdamW():
+            return {"first": optimizer.first, "second": optimizer.second}
+        case StackedSGD():
+            return {} if optimizer.velocity is None else {"velocity": optimizer.velocity}
+        case StackedLoraPro():
+            return moments_of(optimizer.inner)
+        case _:
+            raise InputError(UNMOVABLE)
 
 
 def _rest(stacks: Stacks, settings: Settings) -> StackedAdamW | None:

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from airtune.errors import InputError
 from airtune.lora import Adapter
 from airtune.optimizers import LoraPro, LoraRite, as_optimizer
+from airtune.training.beam import ONE_FACTOR
 from airtune.training.cohort.constants import Constants
+from airtune.training.cohort.gates import StackedGates
 from airtune.training.cohort.linear import Key, Part
 from airtune.training.cohort.members import Member, trained_kinds
 from airtune.training.cohort.optimizers import PairSlots
@@ -26,8 +29,13 @@ class Cohort:
     kinds : of the tensors that are trained, the same for all. slots : of all clients, in the adapter's order.
     """
 
-    def __init__(self, members: Sequence[Member], like: Tensor) -> None:
-        """Look at what the clients train."""
+    def __init__(self, members: Sequence[Member], like: Tensor, *, gated: bool = False) -> None:
+        """Look at what the clients train; with `gated` components have gates (BeamLoRA).
+
+        Raises
+        ------
+        InputError : with gates, one of A and B is not trained.
+        """
         self.members = members
         self.like = like
         self.trained = [member.trained for member in members]
@@ -35,11 +43,24 @@ class Cohort:
         self._different = list({id(adapter): adapter for adapter in self.trained}.values())
         held = {slot for adapter in self._different for slot in adapter.factors}
         self.slots = tuple(slot for slot in members[0].job.model.adapter.factors if slot in held)
+        self._gated = gated and bool(self.slots)
+        if self._gated and not self.kinds >= {"A", "B"}:
+            raise InputError(ONE_FACTOR)
         self._cores = {slot for a in self._different for slot, f in a.factors.items() if f.core is not None}
 
     def stacks(self) -> Stacks:
         """Return the trained tensors before the first step."""
-        return start_rows(layout_of(padded_sizes(self._different, self.kinds)), self.trained, self.like)
+        sizes = padded_sizes(self._different, self.kinds)
+        if self._gated:
+            sizes |= {(slot, "gate"): sizes[slot, "A"][:1] for slot in self.slots}
+        return start_rows(layout_of(sizes), self.trained, self.like)
+
+    def gates(self) -> StackedGates | None:
+        """Return the gates of the clients' components, None if they have none."""
+        if not self._gated:
+            return None
+        temperature = self.like.new_tensor([member.training.beam.temperature for member in self.members])
+        return StackedGates({slot: self._ranks(slot) for slot in self.slots}, temperature[:, None])
 
     def parts(self, constants: Constants) -> dict[str, list[Part]]:
         """Return module -> its parts: trained, held, merged; what of their weights is fixed goes to `constants`."""
@@ -66,7 +87,8 @@ class Cohort:
             here = {slot for adapter in self._different for slot in adapter.placement.get(module, ())}
             for slot in (slot for slot in self.slots if slot in here):
                 core = (slot, "core") if slot in self._cores else None
-                parts.setdefault(module, []).append(Part((slot, "A"), (slot, "B"), core, slot, dropout))
+                gate = (slot, "gate") if self._gated else None
+                parts.setdefault(module, []).append(Part((slot, "A"), (slot, "B"), core, slot, dropout, gate))
         return parts
 
     def pairs(self, constants: Constants) -> list[PairSlots]:
@@ -90,10 +112,14 @@ class Cohort:
             return None
         masks: dict[str, Tensor] = {}
         for slot in self.slots:
-            ranks = self.like.new_tensor([a.factors[slot].rank if slot in a.factors else 0 for a in self.trained])
+            ranks = self._ranks(slot)
             masks[slot] = torch.arange(int(ranks.max()), device=ranks.device)[None, :] < ranks[:, None]
         factors = Factors(self.slots, self._fixed(constants, self.slots), masks)
         return StackedPenalties(self.members, factors, stacks.values.clone())
+
+    def _ranks(self, slot: str) -> Tensor:
+        """Return how many components of a slot each client trains, [clients]."""
+        return self.like.new_tensor([a.factors[slot].rank if slot in a.factors else 0 for a in self.trained])
 
     def _fixed(self, constants: Constants, slots: Sequence[str]) -> dict[Key, Tensor]:
         """Return A and B of these slots where they are not trained, [clients, ...]."""

@@ -1,6 +1,6 @@
 """The adapters of many clients as one matrix: a row holds everything that one client trains.
 
-Row k of `Stacks.values` is client k's trained tensors one after the other, first all A, then B, cores and the head; a
+Row k of `Stacks.values` is client k's trained tensors one after the other: all A, then B, cores, gates, the head; a
 slot takes as many components as the client with most of them needs, and the others have zeros there. Zeros stay: a
 component whose row of A and column of B are zero gets no gradient. So an optimizer that works element by element needs
 no masks, and steps on all clients and tensors in a handful of operations.
@@ -18,7 +18,7 @@ from torch import Tensor
 from airtune.lora import Adapter, LoraFactors
 from airtune.training.cohort.linear import Key
 
-KINDS = ("A", "B", "core", "extra")
+KINDS = ("A", "B", "core", "gate", "extra")
 
 
 @dataclass(frozen=True)

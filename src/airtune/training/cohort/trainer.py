@@ -23,7 +23,14 @@ from airtune.training.cohort.batches import Indices, Packing
 from airtune.training.cohort.block import Block, Work
 from airtune.training.cohort.linear import Replaced, Session
 from airtune.training.cohort.members import Member, check_training, grouped, members_of
-from airtune.training.cohort.memory import STATE_SHARE, automatic_budget, block_clients, bytes_per_token
+from airtune.training.cohort.memory import (
+    ROWS_OF_SNAPSHOT,
+    ROWS_OF_STATE,
+    STATE_SHARE,
+    automatic_budget,
+    block_clients,
+    bytes_per_token,
+)
 from airtune.training.cohort.network import check_model, checkpointed, replacements
 from airtune.training.data import TokenizedData
 from airtune.training.local import LocalTrainer
@@ -89,9 +96,14 @@ class CohortTrainer:
 
     def check(self, training: LocalTraining) -> None:
         """Raise InputError if the engine cannot train so."""
-        check_training(training, checkpointing=self.checkpointing)
+        check_training(training, checkpointing=self.checkpointing, gated=self._gated)
         if self.checkpointing and self.model.prefix is not None:
             raise InputError("training.checkpointing: does not go with training.prefix_cache; valid: one of them")
+
+    @property
+    def _gated(self) -> bool:
+        """Return whether components have gates."""
+        return self.model.config.adapter == "beam-lora"
 
     @property
     def packing(self) -> Packing:
@@ -143,7 +155,9 @@ class CohortTrainer:
     def _blocks(self, group: Sequence[Member]) -> list[Sequence[Member]]:
         """Cut a group into blocks that fit the budget, as many as there are threads where it has the clients."""
         width = max(_values(member) for member in {id(m.trained): m for m in group}.values())
-        size = block_clients(self.budget // self.threads, width, self.model.dtype.itemsize, self.model.device.type)
+        rows = ROWS_OF_STATE + (ROWS_OF_SNAPSHOT if self._gated else 0)
+        value_bytes, device = self.model.dtype.itemsize, self.model.device.type
+        size = block_clients(self.budget // self.threads, width, value_bytes, device, rows=rows)
         count = min(len(group), max(self.threads, -(-len(group) // size)))
         return [group[start::count] for start in range(count)]
 
