@@ -17,7 +17,7 @@ from typing import Any, cast
 from airtune.errors import InputError, unknown_name
 from airtune.experiment import kinds
 from airtune.experiment.combinations import check_combination
-from airtune.experiment.hints import Context, Plain
+from airtune.experiment.hints import Context, Plain, field_names
 from airtune.experiment.paths import absolute_overrides, absolute_paths
 from airtune.experiment.pilot_file import read_constants
 from airtune.experiment.schema import check_keys, from_notation, read, read_dataclass, write_dataclass
@@ -308,6 +308,7 @@ def _spelled(tables: Mapping[str, Any], name: str) -> str:
 
 def _experiment(tables: Plain, label: str, name: str) -> Experiment:
     check_keys(tables, KEYS, "")
+    _check_place(tables)
     training, engine = read_merged((LocalTraining, Engine), tables.get("training", {}), "training")
     check_training(training)
     compressor = _compressor(tables.get("compressor"))
@@ -333,6 +334,17 @@ def _experiment(tables: Plain, label: str, name: str) -> Experiment:
         stop=read_dataclass(StopLimits, tables.get("stop", {}), "stop"),
         evaluation=read_dataclass(Evaluation, tables.get("evaluation", {}), "evaluation"),
     )
+
+
+def _check_place(tables: Plain) -> None:
+    """Raise InputError for a field that stands in [training] and belongs to [model], or the other way round."""
+    sections = {"model": {*field_names(ModelConfig)}, "training": {*field_names(LocalTraining), *field_names(Engine)}}
+    for section, other in (("model", "training"), ("training", "model")):
+        table = tables.get(section, {})
+        strangers = sections[other] - sections[section]
+        for key in table if isinstance(table, Mapping) else ():
+            if key in strangers:
+                raise InputError(f"{section}.{key}: unknown key; valid: {other}.{key}, in [{other}]")
 
 
 def _context(training: LocalTraining, compressor: Plain | None) -> Context:
