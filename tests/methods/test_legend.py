@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from airtune.aggregation.resize import emptied_beyond, resized, sorted_by_energy
+from airtune.aggregation.resize import emptied_beyond, sorted_by_energy
 from airtune.errors import InputError
 from airtune.federation import Progress, Stop, begin, run
 from airtune.methods.fedit import FedIT
@@ -222,17 +222,32 @@ def test_sorting_by_energy_keeps_the_products_and_makes_truncation_optimal() -> 
         torch.testing.assert_close((whole - factors.product()).norm(), best)
 
 
-def test_resizing_grows_without_change_and_shrinks_as_asked() -> None:
-    factors = make_adapter(dtype=torch.float64).factors["layer.0.query"]
-    rows = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    grown = resized(factors, 5, rows)
-    assert grown.rank == 5
-    torch.testing.assert_close(grown.product(), factors.product())
-    assert resized(factors, 4, rows) is factors
-    first, best = resized(factors, 2, rows), resized(factors, 2, rows, "svd")
-    assert torch.equal(first.A, factors.A[:2])
-    loss = [(factors.product() - shrunk.product()).norm() for shrunk in (first, best)]
-    assert loss[1] < loss[0]
+@pytest.mark.parametrize("shrink", ["svd", "truncate"])
+def test_a_devices_rank_shrinks_and_grows_again_between_rounds(shrink: str) -> None:
+    """Unequal devices want a steep profile, equal ones a flat one: the last layer's rank goes 3, 2, 3."""
+    method, model, state, ranks = replace(VARYING, shrink=shrink), model_for(VARYING), None, []
+    slot = model.adapter.shape.in_layer(2)[0]
+    for index, speeds in enumerate(([1e9, 1e9, 1e9, 1e11], [1e9] * 4, [1e9, 1e9, 1e9, 1e11]), start=1):
+        world = SyntheticWorld(make_fleet(4, flops=speeds, memory=1e9))
+        state = method.init(model, world.fleet)  # the power modes have changed: judged by the cost functions again
+        seen = world.observe(index, 0.0, Pending(), model)
+        plan = method.plan(state, seen, stream(0, "plan", index))
+        plan.check(seen)
+        task = next(task for task in plan.tasks if task.client == 3)
+        ranks.append(len(task.train.components[slot]))
+        whole, start = model.adapter.factors[slot].product(), task.receive.take(model.adapter).factors[slot].product()
+        if index == 3:
+            torch.testing.assert_close(start, whole)  # growing changes nothing
+        elif index == 2 and shrink == "svd":
+            torch.testing.assert_close((whole - start).norm(), torch.linalg.svdvals(whole)[2:].norm())  # the best of 2
+        outcome, _ = world.run(plan, model, Pending(), round_index=index, time=0.0)
+        before, (model, state) = model, method.aggregate(state, model, outcome)
+        factors = model.adapter.factors[slot]
+        acting = torch.linalg.matrix_rank(factors.product().double(), rtol=1e-5)
+        assert int(acting) == ranks[-1]  # and the component that came back has been trained
+        assert bool((factors.A.norm(dim=1) > 0).all()), "a row of zeros could never train again"
+        assert not torch.equal(factors.B, before.adapter.factors[slot].B)
+    assert ranks == [3, 2, 3]
 
 
 def test_bad_fields_name_themselves() -> None:

@@ -4,28 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from airtune.lora import Adapter, LoraFactors
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from airtune.lora import Adapter
 
 Shrink = Literal["truncate", "svd"]
-
-
-def resized(factors: LoraFactors, rank: int, new_rows: Tensor, shrink: Shrink = "truncate") -> LoraFactors:
-    """Return factors of another rank.
-
-    Growing keeps the product: `new_rows` [at least rank - present rank, in_features] go below A, zero columns into B.
-    Shrinking keeps the first components ("truncate"), or the best approximation of the product by QR and the SVD of a
-    small core ("svd").
-    """
-    if rank >= factors.rank:
-        return factors.grow(rank, new_rows[: rank - factors.rank]) if rank > factors.rank else factors
-    if shrink == "svd":
-        return factors.truncate(rank)
-    return replace(factors, A=factors.A[:rank], B=factors.B[:, :rank])
 
 
 def sorted_by_energy(adapter: Adapter) -> Adapter:
