@@ -1,5 +1,8 @@
 """The aggregation family trained for real on a tiny BERT: bits in both directions, frozen factors, personal models."""
 
+import hashlib
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,12 +12,13 @@ import pytest
 import torch
 
 from airtune.aggregation.mean import Mean
+from airtune.aggregation.merging import Redraw
 from airtune.aggregation.stacking import Stacking
 from airtune.devices.latency import TransformerShape
 from airtune.devices.profiles import load_profile
 from airtune.errors import InputError
 from airtune.federation import Progress, Stop, begin, run
-from airtune.lora import ONLY_A, ONLY_B, AdapterSlice
+from airtune.lora import ONLY_A, ONLY_B, AdapterSlice, LoraFactors
 from airtune.methods import method_class
 from airtune.methods.composed import Composed
 from airtune.methods.fed_sb import FedSB
@@ -346,3 +350,20 @@ def test_a_broadcast_carries_the_merges_once() -> None:
     records = [record for _, record in bench.play(2)][1:]
     head = bench.federated.shape.extra_values
     assert [record.downlink_bits for record in records] == [32 * (P // 2 + head), 32 * (K * P // 2 + head)]
+
+
+def test_another_process_draws_the_same_factor() -> None:
+    """Nothing of the drawn factor travels: server and clients are processes of their own."""
+    code = (
+        "import hashlib, torch; from airtune.aggregation.merging import Redraw; from airtune.lora import LoraFactors\n"
+        "f = LoraFactors(torch.zeros(4, 9), torch.zeros(7, 4), 1.0)\n"
+        "rows = [Redraw(law, 3).rows(f, 5, 1).A for law in ('kaiming', 'gaussian', 'orthonormal')]\n"
+        "print(hashlib.sha256(b''.join(a.numpy().tobytes() for a in rows)).hexdigest())"
+    )
+    outputs = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "12"
+    }
+    like = LoraFactors(torch.zeros(4, 9), torch.zeros(7, 4), 1.0)
+    rows = [Redraw(law, 3).rows(like, 5, 1).A for law in ("kaiming", "gaussian", "orthonormal")]
+    assert outputs == {hashlib.sha256(b"".join(a.numpy().tobytes() for a in rows)).hexdigest() + "\n"}
+    assert not torch.equal(rows[0], Redraw("kaiming", 3).rows(like, 6, 1).A)

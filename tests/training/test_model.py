@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from aggregation_examples import outcome, task, update
+from airtune.aggregation.one_factor import MergeAndRedraw
 from airtune.errors import InputError
-from airtune.lora import Adapter, AdapterSlice, DenseUpdate, LoraFactors, merge
+from airtune.lora import ONLY_A, ONLY_B, Adapter, AdapterSlice, DenseUpdate, LoraFactors, merge
 from airtune.training.catalogue import catalogue, is_fetched
 from airtune.training.hardware import checked_device, checked_precision
 from airtune.training.loading import load_model
@@ -127,6 +129,21 @@ def test_merged_updates_act_beside_the_adapter(model, kind):
     dense[module] = dense[module] + merged.factors[module].product()
     reference = dense_logits(model, network(model.config_json["model_type"]), dense, adapter.extras)
     assert torch.allclose(logits_of(model, ServerModel(adapter, {module: update})), reference, atol=1e-11)
+
+
+@pytest.mark.parametrize(("rule", "tensors"), [("A", ONLY_B), ("B", ONLY_A)])
+def test_merging_one_clients_update_and_starting_over_changes_no_logit(model, rule, tensors):
+    """RAC-LoRA's and GaLore's round: the product goes into the base, one factor is drawn anew, the other is zero."""
+    adapter = random_adapter(model, 4)
+    before = logits_of(model, ServerModel(adapter))
+    sent = update(task(0, AdapterSlice.everything(adapter.shape, tensors)), adapter)
+    after = MergeAndRedraw(rule)(ServerModel(adapter), outcome([sent], [5]))
+    trained = "B" if rule == "A" else "A"
+    assert not any(getattr(f, trained).any() for f in after.adapter.factors.values())
+    assert all(
+        not torch.equal(getattr(f, rule), getattr(adapter.factors[n], rule)) for n, f in after.adapter.factors.items()
+    )
+    assert torch.allclose(logits_of(model, after), before, atol=1e-5)
 
 
 def test_absent_and_frozen_remainder(bert):

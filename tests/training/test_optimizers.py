@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from airtune.aggregation.declaring import exchange_of
 from airtune.compression.dense import Dense
@@ -182,6 +184,30 @@ def test_the_sylvester_equation_is_solved():
     left, right = left @ left.mT, right @ right.mT
     x = sylvester(left, right, wanted)
     assert torch.allclose(left @ x + x @ right, wanted, atol=1e-10)
+
+
+def test_lora_pro_forms_nothing_of_the_size_of_the_weight():
+    """And the change of the weight is that of the first terms alone, whatever X is."""
+    m, n, r, scaling = 40, 30, 3, 0.7
+    a, b, g = draw(r, n, seed=1), draw(m, r, seed=2), draw(m, n, seed=3)
+    grad_a, grad_b = scaling * b.T @ g, scaling * g @ a.T
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            largest.extend(x.numel() for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor))
+            return result
+
+    with Watch():
+        new_a, new_b = pro_gradients(
+            a[None], b[None], grad_a[None], grad_b[None], torch.tensor([scaling]).double(), 1e-14
+        )
+    assert largest and max(largest) <= r * max(m, n)
+    first_a = torch.linalg.inv(b.T @ b) @ grad_a / scaling**2
+    first_b = (grad_b - b @ torch.linalg.pinv(b) @ grad_b) @ torch.linalg.inv(a @ a.T) / scaling**2
+    assert torch.allclose(new_b[0] @ a + b @ new_a[0], first_b @ a + b @ first_a, atol=1e-9)
+    assert not torch.allclose(new_a[0], first_a, atol=1e-3)
 
 
 def test_lora_pro_starts_from_zero_columns():
