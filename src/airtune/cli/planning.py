@@ -13,6 +13,7 @@ from rich.table import Table
 from airtune.cli.arguments import Arguments, listed, numbers
 from airtune.cli.files import experiment_file
 from airtune.cli.output import say
+from airtune.cli.rank_table import rank_table
 from airtune.cli.sampling_table import pilot_table, sampling_summary, sampling_table
 from airtune.devices.profiles import DeviceProfile
 from airtune.errors import InputError
@@ -74,7 +75,8 @@ def _show(plans: list[Plain], fields: tuple[str, ...], profiles: Sequence[Device
             console.print(summary, soft_wrap=True, highlight=False)
     if len(plans) == 1:
         devices = sampling_table(plans[0], [profile.name for profile in profiles])
-        for table in (devices, pilot_table(plans[0]["pilot"]) if "pilot" in plans[0] else None):
+        pilots = pilot_table(plans[0]["pilot"]) if "pilot" in plans[0] else None
+        for table in (devices, pilots, rank_table(plans[0])):
             if table is not None:
                 console.print(table)
     for note in dict.fromkeys(note for found in plans for note in found["notes"]["assumed"]):

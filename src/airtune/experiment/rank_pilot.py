@@ -30,7 +30,8 @@ def run_rank_pilot(experiment: Experiment, folder: Path, session: Session, *, ro
 
     Returns
     -------
-    The plan; "curves" holds what decided, "rank_pilot" {"structural_rank", "latency_limit_s", "run"}.
+    The plan; "curves" holds what decided, "rank_pilot" {"structural_rank", "latency_limit_s", "run", "offline": what
+    each candidate rank could send within the limit, "bounds": of each, None where that is not one component}.
 
     Raises
     ------
@@ -58,6 +59,7 @@ def run_rank_pilot(experiment: Experiment, folder: Path, session: Session, *, ro
         raise NoResultError(f"pilot: the bound over ranks was not measured; {where} holds the run")
     found = _planned(pilot, method, state, session)
     decided = {"structural_rank": state.rank, "latency_limit_s": state.limit, "run": PILOT_FOLDER}
+    decided |= {"offline": store.rounds()[-1]["notes"]["offline"], "bounds": state.bounds}
     curves = [*head.get("curves", []), method.bound_curve(state, experiment.model.rank)]
     return {**found, "curves": plain(curves), "rank_pilot": plain(decided)}
 
