@@ -422,6 +422,14 @@ def _check_slices(plan: Plan, seen: Observation) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------------- observation
 
 
+class GainStatistics(Protocol):
+    """What a planner may know of the channel beyond one round: its law, not what it will be."""
+
+    def draw(self, count: int, rng: np.random.Generator) -> Floats:
+        """Return uplink gains [count, clients], drawn independently of each other and of the world's own."""
+        ...
+
+
 class Costs(Protocol):
     """The one physics: planner, simulator and report ask the same functions."""
 
@@ -462,6 +470,7 @@ class Observation:
     in_flight : clients whose update of an earlier round is still under way.
     free_bandwidth : Hz of the uplink that no update in flight occupies.
     reports : client -> its latest report (loss, measured seconds, norms ...).
+    statistics : the law of the uplink gains; None: not known.
     """
 
     round: int
@@ -474,6 +483,7 @@ class Observation:
     in_flight: Ints
     free_bandwidth: float
     reports: Mapping[int, Mapping[str, float]] = field(default_factory=dict[int, Mapping[str, float]])
+    statistics: GainStatistics | None = None
 
 
 # --------------------------------------------------------------------------------------------------- model and outcome
@@ -557,6 +567,8 @@ class RoundOutcome:
     """What a round brought; `aggregate` sees it even if nothing arrived.
 
     `past_models` holds version -> model for stale updates: those that started from an earlier version.
+    `stale_exponent` is set where the rule itself weakens stale changes, as products
+    (`airtune.aggregation.staleness`); None: nobody asked it to.
     """
 
     plan: Plan
@@ -567,6 +579,7 @@ class RoundOutcome:
     end_time: float
     broadcast_bits: int = 0
     past_models: Mapping[int, ServerModel] = field(default_factory=dict[int, ServerModel])
+    stale_exponent: float | None = None
 
     def start_of(self, update: ClientUpdate, current: ServerModel) -> Adapter:
         """Return the values an update started from, in the coordinates of its `send` slice."""

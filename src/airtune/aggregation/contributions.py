@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from airtune.aggregation.mean import Absent, Weights, client_weights
+from airtune.aggregation.staleness import is_weak, part_of
 from airtune.errors import InputError
 from airtune.lora import BOTH, AdapterSlice, Indices, LoraFactors, stack
 from airtune.types import ClientUpdate, RoundOutcome, ServerModel
@@ -61,11 +62,13 @@ def contributions(
         if not any(owners):
             continue
         total = sum(w for w, owns in zip(given, owners, strict=True) if owns or absent != "excluded")
-        parts = [(_product_of(current, update, slot), w / total) for update, w in zip(updates, given, strict=True)]
+        products = [_product_of(model, update, outcome, slot) for update in updates]
+        parts = [(part, w / total) for part, w in zip(products, given, strict=True)]
         missing = current if absent == "unchanged" else None
         kept = [(missing if part is None else part, weight) for part, weight in parts]
         pairs = [(part, weight) for part, weight in kept if part is not None]
-        whole = all(_is_whole(current, update, slot) for update, owns in zip(updates, owners, strict=True) if owns)
+        sent = [update for update, owns in zip(updates, owners, strict=True) if owns]
+        whole = all(_is_whole(current, update, slot) and not is_weak(update, model, outcome) for update in sent)
         found[slot] = Contributions(tuple(part for part, _ in pairs), tuple(weight for _, weight in pairs), whole)
     return found
 
@@ -75,14 +78,17 @@ def _is_whole(current: LoraFactors, update: ClientUpdate, slot: str) -> bool:
     return send.kept(slot) == current.rank and send.tensors == BOTH and values.scaling == current.scaling
 
 
-def _product_of(current: LoraFactors, update: ClientUpdate, slot: str) -> LoraFactors | None:
-    """Return the factors with which a client's model computed in one slot, None if it sent none of it."""
+def _product_of(model: ServerModel, update: ClientUpdate, outcome: RoundOutcome, slot: str) -> LoraFactors | None:
+    """Return the factors with which a client's model computed in one slot, None if it sent none of it.
+
+    A stale change may be weakened: `airtune.aggregation.staleness.part_of`.
+    """
     task = update.task
     if not task.send.kept(slot):
         return None
-    values = update.values.factors[slot]
+    part = part_of(update, model, outcome, slot)
     rest = _held_frozen(task.receive, task.send, slot) if task.train.outside == "frozen" else None
-    return values if rest is None else stack([values, current.select(rest)])
+    return part if rest is None else stack([part, model.adapter.factors[slot].select(rest)])
 
 
 def _held_frozen(receive: AdapterSlice, send: AdapterSlice, slot: str) -> Indices | None:

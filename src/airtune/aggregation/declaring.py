@@ -87,9 +87,24 @@ class DeclaresRedraws(Protocol):
         ...
 
 
-def redraws(aggregator: Aggregator) -> bool:
-    """Return whether an aggregator says that it changes the adapter's basis."""
-    return isinstance(aggregator, DeclaresRedraws) and aggregator.redraws
+def redraws(part: object) -> bool:
+    """Return whether an aggregator, or a method, says that it changes the adapter's basis."""
+    return isinstance(part, DeclaresRedraws) and part.redraws
+
+
+@runtime_checkable
+class DeclaresStaleProducts(Protocol):
+    """An aggregator that weakens stale changes itself, as products, where `RoundOutcome.stale_exponent` is set."""
+
+    @property
+    def weakens_products(self) -> bool:
+        """Return whether it does."""
+        ...
+
+
+def weakens_products(part: object) -> bool:
+    """Return whether an aggregator, or a method, says that it weakens stale changes as products."""
+    return isinstance(part, DeclaresStaleProducts) and part.weakens_products
 
 
 def exchange_of(aggregator: Aggregator, round_index: int) -> Exchange:

@@ -15,13 +15,13 @@ from airtune.aggregation.mean import (
     Mean,
     Weights,
     client_weights,
-    in_client_order,
     mean_extras,
     mean_factors,
     parts_of,
 )
 from airtune.aggregation.merging import Redraw, column_bits, merged, restarted, row_bits
 from airtune.aggregation.stacking import SKETCH_REASON, started
+from airtune.aggregation.staleness import arrived, part_of
 from airtune.capabilities import Trait
 from airtune.errors import InputError, unknown_name
 from airtune.lora import NEITHER, ONLY_A, ONLY_B, AdapterShape, Exchange, Factor, LoraFactors, stack
@@ -244,6 +244,11 @@ class MergeAndRedraw:
         return True
 
     @property
+    def weakens_products(self) -> bool:
+        """Return that stale changes are weakened here, as products."""
+        return True
+
+    @property
     def refuses(self) -> Mapping[Trait, str]:
         """Return what this rule cannot take."""
         return {
@@ -262,11 +267,11 @@ class MergeAndRedraw:
 
     def __call__(self, model: ServerModel, outcome: RoundOutcome) -> ServerModel:
         """Return the next model."""
-        updates = in_client_order(outcome.updates)
+        updates = arrived(model, outcome)
         if not updates:
             return model
         weights = client_weights(updates, outcome, self.weights)
-        additions = _means(model, updates, weights)
+        additions = _means(model, updates, weights, outcome)
         factors = restarted(model.adapter, additions, self.redraw, model.version + 1, mirrored=self.drawn == "B")
         adapter = model.adapter.with_factors(factors, mean_extras(model.adapter, updates, weights))
         bits = column_bits(additions) if self.drawn == "A" else row_bits(additions)
@@ -278,7 +283,9 @@ def trained_factor(round_index: int) -> Factor:
     return "B" if round_index % 2 else "A"
 
 
-def _means(model: ServerModel, updates: list[ClientUpdate], weights: list[float]) -> dict[str, LoraFactors]:
+def _means(
+    model: ServerModel, updates: list[ClientUpdate], weights: list[float], outcome: RoundOutcome
+) -> dict[str, LoraFactors]:
     """Return the mean product of every slot of which somebody sent a component.
 
     Fresh updates share the drawn factor: their mean has the adapter's rank, missing components are zeros. A stale one
@@ -288,7 +295,7 @@ def _means(model: ServerModel, updates: list[ClientUpdate], weights: list[float]
     stale = [(u, w) for u, w in zip(updates, weights, strict=True) if u.model_version != model.version]
     total, means = sum(weights), dict[str, LoraFactors]()
     for slot, current in model.adapter.factors.items():
-        parts = [(u.values.factors[slot], w / total) for u, w in stale if u.task.send.kept(slot)]
+        parts = [(part_of(u, model, outcome, slot), w / total) for u, w in stale if u.task.send.kept(slot)]
         if any(u.task.send.kept(slot) for u, _ in fresh):
             found = parts_of(slot, [u for u, _ in fresh], [w for _, w in fresh])
             parts.insert(0, (mean_factors(current, found, "zero"), sum(w for _, w in fresh) / total))

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from airtune.aggregation.changes import change_of, common_slice, consensus
+from airtune.aggregation.changes import change_of, consensus
 from airtune.aggregation.declaring import DeclaringAggregator, is_linear
 from airtune.aggregation.mean import Mean, in_client_order
-from airtune.aggregation.robust import SAME_SLICE, Wrapper, clip
+from airtune.aggregation.robust import SAME_SLICE, Wrapper, check_comparable, clip
 from airtune.capabilities import Trait
 from airtune.errors import InputError
 from airtune.streams import torch_seed
@@ -81,7 +81,7 @@ class ClientPrivacy(Wrapper):
         updates = in_client_order(outcome.updates)
         if not updates:
             return model
-        common_slice(updates, "client privacy")
+        check_comparable(self.inner, model, updates, "client privacy")
         changes = [clip(change_of(update, outcome, model), self.largest_norm) for update in updates]
         total = torch.stack(changes).sum(dim=0)
         generator = torch.Generator().manual_seed(torch_seed(self.seed, "client-privacy", model.version))

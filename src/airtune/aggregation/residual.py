@@ -11,10 +11,11 @@ from airtune.aggregation.contributions import Contributions, contributions
 from airtune.aggregation.mean import Absent, Weights, client_weights, in_client_order, mean_adapter
 from airtune.aggregation.merging import factor_bits, merged
 from airtune.aggregation.stacking import SKETCH_REASON
+from airtune.aggregation.staleness import arrived, moved_factors
 from airtune.capabilities import Trait
 from airtune.errors import InputError, unknown_name
 from airtune.lora import Adapter, LoraFactors, stack
-from airtune.types import ClientUpdate, RoundOutcome, ServerModel
+from airtune.types import RoundOutcome, ServerModel
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,8 @@ class ResidualMerge:
 
     The adapter becomes (mean of A, mean of B) and goes on training; the residual ``sum_k p_k s_k B_k A_k - s B A`` is
     merged. It is sent as stacked factors, of rank (K - 1) r for equal ranks (the authors send it dense). A stale update
-    counts with the product that it sent; what was merged since it started stays merged [choice].
+    counts with the product that it sent, or with what staleness weights make of it; what was merged since it started
+    stays merged [choice].
 
     Parameters
     ----------
@@ -47,16 +49,21 @@ class ResidualMerge:
             raise InputError(f"method.residual_rank: {self.rank} is no rank; valid: 1 or more, or none")
 
     @property
+    def weakens_products(self) -> bool:
+        """Return that stale changes are weakened here, as products."""
+        return True
+
+    @property
     def refuses(self) -> Mapping[Trait, str]:
         """Return what this rule cannot take."""
         return {Trait.SKETCH: SKETCH_REASON}
 
     def __call__(self, model: ServerModel, outcome: RoundOutcome) -> ServerModel:
         """Return the next model."""
-        updates = in_client_order(outcome.updates)
+        updates = arrived(model, outcome)
         if not updates:
             return model
-        adapter = _mean(model, updates, outcome, self.weights, self.absent)
+        adapter = _mean(model, outcome, self.weights, self.absent)
         found = contributions(model, updates, outcome, self.weights, self.absent)
         additions = {slot: residual_of(part, adapter.factors[slot]) for slot, part in found.items()}
         if self.rank is not None:
@@ -103,6 +110,11 @@ class RidgeCorrection:
             )
 
     @property
+    def weakens_products(self) -> bool:
+        """Return that stale changes are weakened here, as products."""
+        return True
+
+    @property
     def refuses(self) -> Mapping[Trait, str]:
         """Return what this rule cannot take."""
         return {
@@ -112,10 +124,10 @@ class RidgeCorrection:
 
     def __call__(self, model: ServerModel, outcome: RoundOutcome) -> ServerModel:
         """Return the next model."""
-        updates = in_client_order(outcome.updates)
+        updates = arrived(model, outcome)
         if not updates:
             return model
-        adapter = _mean(model, updates, outcome, self.weights, "zero")
+        adapter = _mean(model, outcome, self.weights, "zero")
         found = contributions(model, updates, outcome, self.weights, "zero")
         factors = dict(adapter.factors)
         for slot, part in found.items():
@@ -159,9 +171,9 @@ def published_correction(
     return change.detach()
 
 
-def _mean(
-    model: ServerModel, updates: list[ClientUpdate], outcome: RoundOutcome, weights: Weights, absent: Absent
-) -> Adapter:
+def _mean(model: ServerModel, outcome: RoundOutcome, weights: Weights, absent: Absent) -> Adapter:
+    """Return the mean of the factors; stale ones moved onto the present factors where stale changes are weakened."""
+    updates = in_client_order(moved_factors(model, outcome).updates)
     by_client = client_weights(updates, outcome, weights)
     return mean_adapter(model.adapter, updates, {s: by_client for s in model.adapter.factors}, by_client, absent)
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from airtune.aggregation.changes import change_of, common_slice, consensus, moved
-from airtune.aggregation.declaring import DeclaringAggregator, exchange_of, redraws, reshaped
+from airtune.aggregation.declaring import DeclaringAggregator, exchange_of, redraws, reshaped, weakens_products
 from airtune.aggregation.mean import Mean, in_client_order
-from airtune.aggregation.staleness import weaken_stale
+from airtune.aggregation.staleness import check_weakens, weaken_stale
 from airtune.capabilities import Trait
 from airtune.errors import InputError
 from airtune.federation import prepared
 from airtune.lora import AdapterShape, Exchange
-from airtune.types import RoundOutcome, ServerModel
+from airtune.types import ClientUpdate, RoundOutcome, ServerModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +49,11 @@ class Wrapper(ABC):
     def redraws(self) -> bool:
         """Return whether the wrapped aggregator changes the adapter's basis."""
         return redraws(self.wrapped)
+
+    @property
+    def weakens_products(self) -> bool:
+        """Return whether the wrapped aggregator weakens stale changes as products, and sees the updates one by one."""
+        return False
 
     def exchange(self, round_index: int) -> Exchange:
         """Return what the wrapped aggregator exchanges."""
@@ -85,6 +90,11 @@ class NormClipping(Wrapper):
     def wrapped(self) -> DeclaringAggregator:
         """Return the wrapped aggregator."""
         return self.inner
+
+    @property
+    def weakens_products(self) -> bool:
+        """Return whether the wrapped aggregator does: it sees every update."""
+        return weakens_products(self.inner)
 
     def __call__(self, model: ServerModel, outcome: RoundOutcome) -> ServerModel:
         """Return the next model."""
@@ -128,7 +138,7 @@ class TrimmedMean(Wrapper):
         updates = in_client_order(outcome.updates)
         if not updates:
             return model
-        common_slice(updates, "trimmed mean")
+        check_comparable(self.inner, model, updates, "trimmed mean")
         changes = _stacked([change_of(update, outcome, model) for update in updates])
         left_out = int(self.trim * len(updates) + 1e-9)
         kept = changes.sort(dim=0).values[left_out : len(updates) - left_out]
@@ -163,7 +173,7 @@ class CoordinateMedian(Wrapper):
         updates = in_client_order(outcome.updates)
         if not updates:
             return model
-        common_slice(updates, "median")
+        check_comparable(self.inner, model, updates, "median")
         ordered = _stacked([change_of(update, outcome, model) for update in updates]).sort(dim=0).values
         middle = (ordered[(len(updates) - 1) // 2] + ordered[len(updates) // 2]) / 2
         return self.inner(model, consensus(model, outcome, updates, middle))
@@ -173,8 +183,9 @@ class CoordinateMedian(Wrapper):
 class StalenessWeights(Wrapper):
     """Moves stale changes onto the current model, weakened by their age: ``(1 + age)^-exponent``.
 
-    The age counts model versions (FedAsync, arXiv 1903.03934). For aggregators whose adapter goes on from round to
-    round; one that draws it anew brings its own rule for stale updates.
+    The age counts model versions (FedAsync, arXiv 1903.03934). Rules that average factors see moved factors; rules on
+    products weaken the change of the product themselves (`airtune.aggregation.staleness`); one that changes its basis
+    and does neither (a median around a rule that draws its adapter anew) is refused.
 
     Parameters
     ----------
@@ -189,15 +200,34 @@ class StalenessWeights(Wrapper):
         """Check the exponent."""
         if not (math.isfinite(self.exponent) and self.exponent >= 0):
             raise InputError(f"method.exponent: {self.exponent:g} is not possible; valid: at least 0")
+        check_weakens(self.inner, "method.inner")
 
     @property
     def wrapped(self) -> DeclaringAggregator:
         """Return the wrapped aggregator."""
         return self.inner
 
+    @property
+    def weakens_products(self) -> bool:
+        """Return whether the wrapped aggregator does."""
+        return weakens_products(self.inner)
+
     def __call__(self, model: ServerModel, outcome: RoundOutcome) -> ServerModel:
         """Return the next model."""
-        return self.inner(model, weaken_stale(model, outcome, self.exponent))
+        return self.inner(model, weaken_stale(model, outcome, self.exponent, self.inner))
+
+
+def check_comparable(inner: DeclaringAggregator, model: ServerModel, updates: list[ClientUpdate], rule: str) -> None:
+    """Raise InputError unless the updates' values mean the same: one slice, and one basis.
+
+    Changes of earlier versions are moved onto the present factors, which means nothing if the basis is another one.
+    """
+    common_slice(updates, rule)
+    if redraws(inner) and any(update.model_version != model.version for update in updates):
+        raise InputError(
+            f"method.aggregator: {rule} compares values, and {type(inner).__name__} changes the adapter's basis every "
+            'round, so that late updates cannot be compared; valid: late = "drop"'
+        )
 
 
 def clip(change: Tensor, largest_norm: float) -> Tensor:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from airtune.aggregation.contributions import contributions
-from airtune.aggregation.mean import Absent, Weights, client_weights, in_client_order, mean_extras
+from airtune.aggregation.mean import Absent, Weights, client_weights, mean_extras
 from airtune.aggregation.merging import Redraw, factor_bits, merged, restarted
+from airtune.aggregation.staleness import arrived
 from airtune.capabilities import Trait
 from airtune.errors import InputError
 from airtune.lora import NEITHER, Exchange, LoraFactors
@@ -39,6 +40,11 @@ class Stacking:
     @property
     def redraws(self) -> bool:
         """Return that the adapter's basis changes every round."""
+        return True
+
+    @property
+    def weakens_products(self) -> bool:
+        """Return that stale changes are weakened here, as products."""
         return True
 
     @property
@@ -87,6 +93,11 @@ class EnergyThreshold:
         return True
 
     @property
+    def weakens_products(self) -> bool:
+        """Return that stale changes are weakened here, as products."""
+        return True
+
+    @property
     def refuses(self) -> Mapping[Trait, str]:
         """Return what this rule cannot take."""
         return {Trait.SKETCH: SKETCH_REASON}
@@ -113,7 +124,7 @@ def merge_stack(
     energy: float | None,
 ) -> ServerModel:
     """Return the model with the weighted stack of all products merged, or the share `energy` of it."""
-    updates = in_client_order(outcome.updates)
+    updates = arrived(model, outcome)
     if not updates:
         return model
     found = contributions(model, updates, outcome, weights, absent)

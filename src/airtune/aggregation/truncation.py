@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from airtune.aggregation.algebra import random_rows
 from airtune.aggregation.contributions import contributions
-from airtune.aggregation.mean import Absent, Weights, client_weights, in_client_order, mean_adapter, mean_extras
+from airtune.aggregation.mean import Absent, Weights, client_weights, mean_adapter, mean_extras
 from airtune.aggregation.merging import Redraw, factor_bits, merged
 from airtune.aggregation.stacking import SKETCH_REASON, check_energy, started
+from airtune.aggregation.staleness import arrived, part_of
 from airtune.capabilities import Trait
 from airtune.errors import InputError
 from airtune.lora import ONLY_B, Exchange, LoraFactors
@@ -43,13 +44,18 @@ class Truncation:
         return True
 
     @property
+    def weakens_products(self) -> bool:
+        """Return that stale changes are weakened here, as products."""
+        return True
+
+    @property
     def refuses(self) -> Mapping[Trait, str]:
         """Return what this rule cannot take."""
         return {Trait.SKETCH: SKETCH_REASON}
 
     def __call__(self, model: ServerModel, outcome: RoundOutcome) -> ServerModel:
         """Return the next model."""
-        updates = in_client_order(outcome.updates)
+        updates = arrived(model, outcome)
         if not updates:
             return model
         found = contributions(model, updates, outcome, self.weights, self.absent)
@@ -90,13 +96,18 @@ class PrincipalSplit:
         return True
 
     @property
+    def weakens_products(self) -> bool:
+        """Return that stale changes are weakened here, as products."""
+        return True
+
+    @property
     def refuses(self) -> Mapping[Trait, str]:
         """Return what this rule cannot take."""
         return {Trait.SKETCH: SKETCH_REASON}
 
     def __call__(self, model: ServerModel, outcome: RoundOutcome) -> ServerModel:
         """Return the next model."""
-        updates = in_client_order(outcome.updates)
+        updates = arrived(model, outcome)
         if not updates:
             return model
         found = contributions(model, updates, outcome, self.weights, self.absent)
@@ -146,6 +157,11 @@ class Refactoring:
         return True
 
     @property
+    def weakens_products(self) -> bool:
+        """Return that stale changes are weakened here, as products."""
+        return True
+
+    @property
     def refuses(self) -> Mapping[Trait, str]:
         """Return what this rule cannot take."""
         return {
@@ -165,26 +181,30 @@ class Refactoring:
 
     def __call__(self, model: ServerModel, outcome: RoundOutcome) -> ServerModel:
         """Return the next model."""
-        updates = in_client_order(outcome.updates)
+        updates = arrived(model, outcome)
         if not updates:
             return model
         weights = client_weights(updates, outcome, self.weights)
-        updates = [update if update.model_version == model.version else rebased(update, model) for update in updates]
+        updates = [u if u.model_version == model.version else rebased(u, model, outcome) for u in updates]
         adapter = mean_adapter(model.adapter, updates, {s: weights for s in model.adapter.factors}, weights, "excluded")
         if (model.version + 1) % self.period == 0:
             adapter = adapter.with_factors({slot: _refactored(f) for slot, f in adapter.factors.items()})
         return model.updated(adapter)
 
 
-def rebased(update: ClientUpdate, model: ServerModel) -> ClientUpdate:
-    """Return a stale update with B expressed against the present A: the same product if both A span one row space."""
+def rebased(update: ClientUpdate, model: ServerModel, outcome: RoundOutcome) -> ClientUpdate:
+    """Return a stale update with B expressed against the present A: the same product if both A span one row space.
+
+    Its product is the client's own, or the weakened one (`airtune.aggregation.staleness.part_of`).
+    """
     import torch
 
     factors: dict[str, LoraFactors] = {}
     for slot, values in update.values.factors.items():
         a = model.adapter.factors[slot].A[update.task.send.components[slot]]
         inverse = torch.linalg.pinv(a.double())
-        b = values.cast(torch.float64).times(inverse) / values.scaling
+        part = part_of(update, model, outcome, slot)
+        b = part.cast(torch.float64).times(inverse) / values.scaling
         factors[slot] = replace(values, A=a, B=b.to(values.B))
     return replace(update, values=update.values.with_factors(factors))
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from airtune.aggregation.declaring import exchange_of, reshaped
+from airtune.aggregation.declaring import exchange_of, redraws, reshaped, weakens_products
 from airtune.aggregation.mean import Mean
 from airtune.aggregation.registry import AGGREGATORS
 from airtune.capabilities import Trait, compatible
@@ -106,6 +106,16 @@ class Composed:
             pair = f"{type(self.planner).__name__} with {type(self.aggregator).__name__}"
             raise InputError(f"method.aggregator: {pair} is refused: {reason}")
 
+    @property
+    def redraws(self) -> bool:
+        """Return whether the aggregator changes the adapter's basis."""
+        return redraws(self.aggregator)
+
+    @property
+    def weakens_products(self) -> bool:
+        """Return whether the aggregator weakens stale changes as products."""
+        return weakens_products(self.aggregator)
+
     def prepare(self, model: ServerModel) -> ServerModel:
         """Return the model that the aggregator wants to start from."""
         return prepared(self.aggregator, model)
@@ -145,6 +155,16 @@ class FromParts(ABC):
     def __post_init__(self) -> None:
         """Make the parts once, so that wrong fields are refused when the method is made."""
         _ = self.composed
+
+    @property
+    def redraws(self) -> bool:
+        """Return whether the aggregator changes the adapter's basis."""
+        return redraws(self.composed)
+
+    @property
+    def weakens_products(self) -> bool:
+        """Return whether the aggregator weakens stale changes as products."""
+        return weakens_products(self.composed)
 
     def prepare(self, model: ServerModel) -> ServerModel:
         """Return the model that the aggregator wants to start from."""

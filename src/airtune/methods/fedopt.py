@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from airtune.aggregation.declaring import redraws, reshaped
+from airtune.aggregation.declaring import redraws, reshaped, weakens_products
 from airtune.aggregation.server_optimizer import Moment, Rule, ServerStep
 from airtune.errors import InputError
 from airtune.federation import prepared
 from airtune.lora import AdapterShape
-from airtune.methods.composed import Composed, FromParts
+from airtune.methods.composed import Composed
 from airtune.scheduling.work import ChoosesRanks
 from airtune.types import Fleet, Method, Observation, Plan, RoundOutcome, ServerModel
 
@@ -72,8 +72,7 @@ class FedOpt:
     def __post_init__(self) -> None:
         """Check the optimizer's fields, and that the wrapped method keeps its coordinates."""
         _ = self.step
-        parts = self.method.composed if isinstance(self.method, FromParts) else self.method
-        if isinstance(parts, Composed) and redraws(parts.aggregator):
+        if redraws(self.method):
             raise InputError(
                 f"method.method: {type(self.method).__name__} changes the adapter's basis every round, so that its "
                 f"change is no gradient; valid: methods whose adapter goes on"
@@ -83,6 +82,11 @@ class FedOpt:
     def step(self) -> ServerStep:
         """Return the server's optimizer."""
         return ServerStep(self.rule, self.learning_rate, self.beta1, self.beta2, self.adaptivity)
+
+    @property
+    def weakens_products(self) -> bool:
+        """Return whether the wrapped method weakens stale changes as products."""
+        return weakens_products(self.method)
 
     def prepare(self, model: ServerModel) -> ServerModel:
         """Return the model that the wrapped method starts from."""

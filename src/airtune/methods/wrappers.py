@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from airtune.aggregation.declaring import reshaped
-from airtune.aggregation.staleness import weaken_stale
+from airtune.aggregation.declaring import redraws, reshaped, weakens_products
+from airtune.aggregation.staleness import check_weakens, weaken_stale
 from airtune.errors import InputError
 from airtune.federation import Diagnoses, prepared
 from airtune.lora import AdapterShape
@@ -45,6 +45,16 @@ class Wrapper:
         if isinstance(self.method, ChoosesRanks):
             return self.method.ranks(shape)
         return {name: slot.rank for name, slot in shape.slots.items()}
+
+    @property
+    def redraws(self) -> bool:
+        """Return whether the wrapped method changes the adapter's basis."""
+        return redraws(self.method)
+
+    @property
+    def weakens_products(self) -> bool:
+        """Return whether the wrapped method weakens stale changes as products."""
+        return weakens_products(self.method)
 
     def prepare(self, model: ServerModel) -> ServerModel:
         """Return the model that the wrapped method starts from."""
@@ -121,12 +131,14 @@ class FirstArrivals(Wrapper):
 class Staleness(Wrapper):
     """Gives updates that started from an earlier model less weight: ``x + (1 + age)^-exponent (x_n - start_n)``.
 
-    The age counts model versions. A fresh update is untouched. The polynomial form is that of FedAsync (arXiv
+    The age counts model versions. A fresh update is untouched. Methods whose rule sums products (flora, flexlora,
+    rac-lora ...) weaken the change of the product instead of A and B. The polynomial form is that of FedAsync (arXiv
     1903.03934), also used by FedBuff with exponent 1/2 (arXiv 2106.06639).
 
     Parameters
     ----------
-    method : the wrapped method, which sees the weakened update as if it had started from the current model.
+    method : the wrapped method; where factors are averaged it sees the weakened update as if it had started from the
+        current model.
     exponent : 0 only moves the stale change onto the current model.
     """
 
@@ -136,6 +148,7 @@ class Staleness(Wrapper):
         """Check the exponent."""
         if not (math.isfinite(self.exponent) and self.exponent >= 0):
             raise InputError(f"method.exponent: must be at least 0; got {self.exponent:g}")
+        check_weakens(self.method, "method.method")
 
     def plan(self, state: Any, seen: Observation, rng: np.random.Generator) -> Plan:
         """Return the wrapped method's plan."""
@@ -143,7 +156,7 @@ class Staleness(Wrapper):
 
     def aggregate(self, state: Any, model: ServerModel, outcome: RoundOutcome) -> tuple[ServerModel, Any]:
         """Weaken what is stale, then let the wrapped method aggregate."""
-        return self.method.aggregate(state, model, weaken_stale(model, outcome, self.exponent))
+        return self.method.aggregate(state, model, weaken_stale(model, outcome, self.exponent, self.method))
 
 
 def _with_cutoffs(plan: Plan, change: Callable[[Cutoff], Cutoff]) -> Plan:
