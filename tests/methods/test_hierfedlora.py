@@ -11,8 +11,10 @@ from airtune.errors import InputError
 from airtune.federation import Progress, Stop, begin, run
 from airtune.methods.fedit import FedIT
 from airtune.methods.hierfedlora import HierFedLoRA
+from airtune.scheduling.capacity import Speeds
 from airtune.streams import stream
 from airtune.types import Observation, Pending, Plan, RoundRecord, ServerModel
+from small_world import HIDDEN, LAYERS, RANK, make_cell, make_model, make_runner
 from synthetic_federation import SyntheticWorld, make_adapter, make_fleet, same_adapters
 
 LABELS = np.array([[30, 1], [1, 30], [25, 5], [5, 25], [40, 2], [2, 40], [30, 1], [1, 30]])
@@ -67,6 +69,34 @@ def test_groups_pair_opposite_labels_and_keep_until_regrouping() -> None:
     assert members[0] == members[1]
 
 
+@pytest.mark.parametrize(("factor", "regrouped"), [(1.29, False), (1.31, True), (0.71, False), (0.69, True)])
+def test_groups_are_made_anew_when_a_clients_speed_has_changed_by_more_than_30_percent(
+    factor: float, regrouped: bool
+) -> None:
+    """The estimates of one client move to `factor` times what they were when the groups were made."""
+    progress = rounds(METHOD, WORLD, 2)[-1][0]
+    capacity = progress.state.capacity
+    backward = progress.state.grouped_seconds.copy()
+    backward[5] *= factor
+    moved = replace(capacity, backward_layer=replace(capacity.backward_layer, value=backward))
+    seen = WORLD.observe(3, progress.time, progress.pending, progress.model)
+    plan = METHOD.plan(replace(progress.state, capacity=moved), seen, stream(0, "plan", 3))
+    assert plan.notes["regrouped"] is regrouped
+
+
+def test_a_device_that_slows_down_is_noticed_by_its_reports() -> None:
+    """A client three times slower from round 2 on: groups are made anew within three rounds, and not before."""
+    progress, seen_anew = begin(METHOD, ServerModel(make_adapter()), WORLD), []
+    for index in range(1, 6):
+        speeds = WORLD.fleet.flops_per_second.copy()
+        speeds[3] /= 3.0 if index > 1 else 1.0
+        world = replace(WORLD, fleet=replace(WORLD.fleet, flops_per_second=speeds))
+        *_, (progress, record) = run(METHOD, progress, world, world, stop=Stop(index), seed=0, evaluate=lambda _: {})
+        seen_anew.append(record.notes["regrouped"])
+    assert seen_anew[:2] == [True, False]
+    assert any(seen_anew[2:5])
+
+
 def test_the_first_round_trains_everything_once_and_later_ones_choose() -> None:
     _, first = planned(METHOD, WORLD)
     assert {(note["frequency"], note["depth"]) for note in first.notes["groups"]} == {(1, 3)}
@@ -80,6 +110,35 @@ def test_predicted_seconds_are_those_of_the_clock_in_a_static_world() -> None:
     _, plan = planned(METHOD, WORLD, 2)
     outcome, _ = WORLD.run(plan, ServerModel(make_adapter()), Pending(), round_index=3, time=0.0)
     assert outcome.end_time == pytest.approx(plan.notes["predicted_round_s"], rel=0.02)
+
+
+def test_with_equal_passes_a_cycle_takes_at_least_l_plus_one_of_two_l() -> None:
+    """Acceptance test 7 where it is derived: backward through one layer as long as forward through one."""
+    layers = np.arange(1, 7)
+    once = Speeds(forward=np.array([6.0]), backward_layer=np.ones(1), upload_bit=np.ones(1), steps=np.array([10.0]))
+    seconds = once.seconds(layers, np.zeros(6))[0]
+    np.testing.assert_allclose(seconds / seconds[-1], (6 + layers) / 12)
+    assert seconds.min() / seconds[-1] == 7 / 12
+
+
+def test_no_cycle_is_shorter_than_the_floor_with_attention_and_factors() -> None:
+    """Acceptance test 7 on the clock: the compute seconds of every client, cycle and depth, with the real FLOPs."""
+    cell, model, d, i, s, r = make_cell(4), make_model(), HIDDEN, 2 * HIDDEN, 12, RANK
+    forward = 8 * d * d + 4 * d * i + 4 * s * d + 8 * r * d
+    backward = 8 * d * d + 4 * d * i + 8 * s * d + 16 * r * d
+    lowest = 2 * d * d + 4 * d * i + 6 * s * d + 12 * r * d
+    cycles: dict[int, dict[int, float]] = {}
+    for depth in range(1, LAYERS + 1):
+        method = HierFedLoRA(groups=2, fixed_depth=depth, least_frequency=2, most_frequency=2)
+        seen = cell.observe(1, 0.0, Pending(), model)
+        plan = method.plan(method.init(model, cell.fleet), seen, stream(0, "plan", 1))
+        outcome, _ = make_runner(cell).run(plan, model, Pending(), round_index=1, time=0.0)
+        cycles[depth] = {u.task.client: u.cost.compute_seconds / 2 for u in outcome.updates}
+    whole = LAYERS * forward + (LAYERS - 1) * backward + lowest
+    for depth, seconds in cycles.items():
+        floor = (LAYERS * forward + (depth - 1) * backward + lowest) / whole
+        ratios = [seconds[client] / cycles[LAYERS][client] for client in range(4)]
+        assert all(floor <= ratio < 1.05 * floor for ratio in ratios)
 
 
 def test_all_uploads_of_all_cycles_count() -> None:
