@@ -162,15 +162,18 @@ def ideal(result: RoundOutcome, slot: str) -> Tensor:
     """Return ``sum_k p_k s_k B_k A_k`` of a round by dense products, p_k by examples."""
     weights = np.array([float(result.fleet.num_examples[u.task.client]) for u in result.updates])
     weights /= weights.sum()
-    products = [w * u.values.factors[slot].product().double() for w, u in zip(weights, result.updates, strict=True)]
-    return torch.stack(products).sum(0)
+    exact = [u.values.factors[slot].cast(torch.float64).product() for u in result.updates]
+    return torch.stack([w * product for w, product in zip(weights, exact, strict=True)]).sum(0)
 
 
 def effective(model: ServerModel, slot: str) -> Tensor:
     """Return what the model adds to the base weight of a module: merged updates and the adapter."""
-    total = model.adapter.module_product(slot).double()
+    total = sum(model.adapter.factors[name].cast(torch.float64).product() for name in model.adapter.placement[slot])
     merged = model.base_update.get(slot)
-    return total if merged is None else total + merged.product().double()
+    if merged is None:
+        return total
+    exact = merged.cast(torch.float64) if isinstance(merged, LoraFactors) else merged
+    return total + exact.product().double()
 
 
 def relative(error: Tensor, reference: Tensor) -> float:

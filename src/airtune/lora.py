@@ -106,6 +106,10 @@ class LoraFactors:
             magnitude=None if self.magnitude is None else self.magnitude.to(dtype),
         )
 
+    def at_least_single(self) -> LoraFactors:
+        """Return the same factors, in single precision if they are in less."""
+        return self.cast(_at_least_single(self.A))
+
     def truncate(self, rank: int, *, balanced: bool = False) -> LoraFactors:
         """Return the best approximation of at most `rank` components (Eckart-Young), by QR and a small SVD.
 
@@ -169,11 +173,13 @@ class LoraFactors:
 def stack(parts: Sequence[LoraFactors], weights: Sequence[float] | None = None) -> LoraFactors:
     """Return factors whose product is exactly ``sum_k weights[k] * delta W_k``; the ranks add up.
 
-    The weight and the scaling go onto A, on that side only; the stack's own scaling is 1.
+    The weight and the scaling go onto A, on that side only; the stack's own scaling is 1. Half precision becomes single
+    before anything is multiplied.
     """
     import torch
 
     weights = [1.0] * len(parts) if weights is None else weights
+    parts = [part.at_least_single() for part in parts]
     inner = [part.A if part.core is None else part.core @ part.A for part in parts]
     rows = [w * part.scaling * a for w, part, a in zip(weights, parts, inner, strict=True)]
     return LoraFactors(A=torch.cat(rows), B=torch.cat([part.B for part in parts], dim=1), scaling=1.0)
@@ -661,6 +667,11 @@ def _from_svd(left: Tensor, singular: Tensor, right: Tensor, *, like: LoraFactor
     left = left * (root * singular.sign() if balanced else singular)
     right = root[:, None] * right if balanced else right
     return LoraFactors(A=right.to(like.A.dtype), B=left.to(like.B.dtype), scaling=like.scaling)
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Return whether a tensor's type is less precise than single."""
+    return _at_least_single(tensor) != tensor.dtype
 
 
 def _at_least_single(tensor: Tensor) -> torch.dtype:

@@ -298,7 +298,8 @@ def _means(
         parts = [(part_of(u, model, outcome, slot), w / total) for u, w in stale if u.task.send.kept(slot)]
         if any(u.task.send.kept(slot) for u, _ in fresh):
             found = parts_of(slot, [u for u, _ in fresh], [w for _, w in fresh])
-            parts.insert(0, (mean_factors(current, found, "zero"), sum(w for _, w in fresh) / total))
+            mean = mean_factors(current.at_least_single(), found, "zero")
+            parts.insert(0, (mean, sum(w for _, w in fresh) / total))
         if parts:
             means[slot] = stack([part for part, _ in parts], [weight for _, weight in parts])
     return means

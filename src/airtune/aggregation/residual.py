@@ -14,7 +14,7 @@ from airtune.aggregation.stacking import SKETCH_REASON
 from airtune.aggregation.staleness import arrived, moved_factors
 from airtune.capabilities import Trait
 from airtune.errors import InputError, unknown_name
-from airtune.lora import Adapter, LoraFactors, stack
+from airtune.lora import Adapter, LoraFactors, is_half, stack
 from airtune.types import RoundOutcome, ServerModel
 
 if TYPE_CHECKING:
@@ -145,8 +145,11 @@ class RidgeCorrection:
 
 
 def residual_of(part: Contributions, mean: LoraFactors) -> LoraFactors:
-    """Return ``sum_k p_k s_k B_k A_k - delta W of the mean`` as factors: (K - 1) r of them where that is possible."""
-    if part.whole and mean.core is None and abs(sum(part.weights) - 1.0) < 1e-9:
+    """Return ``sum_k p_k s_k B_k A_k - delta W of the mean`` as factors: (K - 1) r of them where that is possible.
+
+    It is not where the mean was rounded to half precision: the residual of the rounded mean has rank (K + 1) r.
+    """
+    if part.whole and mean.core is None and not is_half(mean.A) and abs(sum(part.weights) - 1.0) < 1e-9:
         return mean_residual(part.parts, part.weights)
     return stack([*part.parts, mean], [*part.weights, -1.0])
 

@@ -13,7 +13,7 @@ from airtune.aggregation.stacking import SKETCH_REASON, check_energy, started
 from airtune.aggregation.staleness import arrived, part_of
 from airtune.capabilities import Trait
 from airtune.errors import InputError
-from airtune.lora import ONLY_B, Exchange, LoraFactors
+from airtune.lora import ONLY_B, Exchange, LoraFactors, is_half, stack
 from airtune.streams import torch_seed
 from airtune.types import ClientUpdate, RoundOutcome, ServerModel
 
@@ -73,7 +73,8 @@ class PrincipalSplit:
     """FedMomentum's rule (arXiv 2603.08014): leading directions stay in the adapter, the others are merged.
 
     The leading r singular directions of ``sum_k p_k s_k B_k A_k``, split evenly over both factors, are the next
-    adapter; those that follow, up to a share of the energy, go into the base. Exact at energy 1.
+    adapter; those that follow, up to a share of the energy, go into the base. Exact at energy 1: what an adapter in
+    half precision rounds away is merged, too.
 
     Parameters
     ----------
@@ -115,8 +116,9 @@ class PrincipalSplit:
         for place, (slot, like) in enumerate(model.adapter.factors.items()):
             if slot in found:
                 stacked = found[slot].stacked().with_scaling(like.scaling)
-                head, additions[slot] = stacked.split(like.rank, self.energy, balanced=True)
+                head, rest = stacked.split(like.rank, self.energy, balanced=True)
                 factors[slot] = filled(head, like, torch_seed(self.seed, "filled", model.version + 1, place))
+                additions[slot] = _with_rounding(rest, head, factors[slot])
         extras = mean_extras(model.adapter, updates, client_weights(updates, outcome, self.weights))
         adapter = model.adapter.with_factors(factors, extras)
         return merged(model, adapter, additions, factor_bits(additions))
@@ -207,6 +209,11 @@ def rebased(update: ClientUpdate, model: ServerModel, outcome: RoundOutcome) -> 
         b = part.cast(torch.float64).times(inverse) / values.scaling
         factors[slot] = replace(values, A=a, B=b.to(values.B))
     return replace(update, values=update.values.with_factors(factors))
+
+
+def _with_rounding(rest: LoraFactors, head: LoraFactors, stored: LoraFactors) -> LoraFactors:
+    """Return what is merged beside a head: the rest, and what half precision rounded away of the head."""
+    return stack([rest, head, stored], [1.0, 1.0, -1.0]) if is_half(stored.A) else rest
 
 
 def _refactored(factors: LoraFactors) -> LoraFactors:
