@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from airtune.training.data import TokenizedData
+from airtune.training.images import ImageData
 from airtune.training.model import FederatedModel
 from airtune.training.shapes import ModelConfig
 
@@ -30,20 +31,33 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2": _LLAMA,
     "qwen3": {**_LLAMA, "head_dim": 16},
     "gemma": {**_LLAMA, "head_dim": 16},
+    "vit": {key: _COMMON[key] for key in ("hidden_size", "num_hidden_layers", "intermediate_size")}
+    | {"num_attention_heads": 4, "image_size": 8, "patch_size": 4, "num_channels": 1},
+}
+_CLASSES = {
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "image-classification": transformers.AutoModelForImageClassification,
 }
 
 
-def network(family: str = "bert", task: str = "sequence-classification", seed: int = 0, **changes: Any) -> Any:
-    """Return a transformers model with random weights; torch's own generator is left as it was."""
-    settings = {**SETTINGS[family], **changes}
-    if task == "sequence-classification":
+def classification(family: str) -> str:
+    """Return the task in which a family classifies."""
+    return "image-classification" if family == "vit" else "sequence-classification"
+
+
+def network(family: str = "bert", task: str | None = None, seed: int = 0, **changes: Any) -> Any:
+    """Return a transformers model with random weights; torch's own generator is left as it was.
+
+    task : None: that in which the family classifies.
+    """
+    settings, task = {**SETTINGS[family], **changes}, task or classification(family)
+    if task != "causal-lm":
         settings["num_labels"] = CLASSES
     config = transformers.AutoConfig.for_model(family, **settings)
-    classify = task == "sequence-classification"
-    kind = transformers.AutoModelForSequenceClassification if classify else transformers.AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = kind.from_config(config)
+        made = _CLASSES[task].from_config(config)
         with torch.no_grad():  # wider than the usual 0.02, or logits hardly depend on the attention layers
             for name, value in made.named_parameters():
                 if value.ndim == 2 and "embed" not in name:
@@ -51,13 +65,11 @@ def network(family: str = "bert", task: str = "sequence-classification", seed: i
     return made.eval()
 
 
-def federated(
-    family: str = "bert", task: str = "sequence-classification", seed: int = 0, **fields: Any
-) -> FederatedModel:
+def federated(family: str = "bert", task: str | None = None, seed: int = 0, **fields: Any) -> FederatedModel:
     """Return a federated model on a random network; `precision` goes to the model, other fields to `ModelConfig`."""
-    precision = fields.pop("precision", "fp32")
+    precision, task = fields.pop("precision", "fp32"), task or classification(family)
     config = ModelConfig(name=f"random-{family}", task=task, **{"rank": 4, "alpha": 8.0, **fields})  # type: ignore[arg-type]
-    labels = CLASSES if task == "sequence-classification" else None
+    labels = None if task == "causal-lm" else CLASSES
     return FederatedModel(network(family, task, seed), config, num_labels=labels, precision=precision)
 
 
@@ -70,6 +82,21 @@ def tokens(examples: int = 40, task: str = "sequence-classification", seed: int 
     labels = (ids[offsets[:-1]] % CLASSES).astype(np.int64)
     names = tuple(f"class {i}" for i in range(CLASSES)) if task == "sequence-classification" else ()
     return TokenizedData(ids, offsets, labels, max(len(names), 1), names, 0, 12, task)  # type: ignore[arg-type]
+
+
+def images(examples: int = 40, seed: int = 0) -> ImageData:
+    """Return random 8 x 8 images, 4 patches each; the class is which of three patches is the brightest."""
+    rng = np.random.default_rng(seed)
+    pixels, labels = rng.normal(size=(examples, 1, 8, 8)).astype(np.float32), rng.integers(0, CLASSES, examples)
+    for image, label in zip(pixels, labels, strict=True):
+        row, column = 4 * (label // 2), 4 * (label % 2)
+        image[0, row : row + 4, column : column + 4] += 2.0
+    return ImageData(pixels, labels.astype(np.int64), CLASSES, tuple(f"class {i}" for i in range(CLASSES)), 5)
+
+
+def rows(task: str, examples: int = 40, seed: int = 0) -> TokenizedData | ImageData:
+    """Return random rows of a task."""
+    return images(examples, seed) if task == "image-classification" else tokens(examples, task, seed)
 
 
 def random_adapter(model: FederatedModel, seed: int = 0, ranks: dict[str, int] | None = None) -> Any:

@@ -19,7 +19,7 @@ from airtune.training.local import LocalTrainer
 from airtune.training.saved import open_adapter
 from airtune.training.shapes import FAMILIES, ModelConfig
 from airtune.types import ClientTask, LocalTraining, ServerModel, TrainingJob
-from tiny_networks import CLASSES, LAYERS, WIDTH, federated, network, random_adapter, tokens
+from tiny_networks import CLASSES, LAYERS, WIDTH, federated, network, random_adapter, rows, tokens
 
 SQUARE = [family for family in FAMILIES if family not in ("qwen3", "gemma")]
 
@@ -35,9 +35,9 @@ def server(model):
 
 
 def logits(model, batch=None):
-    rows = tokens().batch(np.arange(6)) if batch is None else batch
+    batch = rows(model.config.task).batch(np.arange(6)) if batch is None else batch
     with torch.no_grad():
-        return model.logits(torch.from_numpy(rows["input_ids"]), torch.from_numpy(rows["attention_mask"]))
+        return model.output({name: torch.from_numpy(values) for name, values in batch.items()})
 
 
 def by_hand(server, seed=0):

@@ -188,7 +188,7 @@ def test_further_test_rows_use_the_labels_of_the_model(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "more.jsonl", [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}])
 
     def read(label_names):
-        return read_labelled_file(file, text_column="text", label_column="label", label_names=label_names)
+        return read_labelled_file(file, column="text", label_column="label", label_names=label_names)
 
     assert read(("bad", "fine", "good"))["label"][:] == [2, 0]
     with pytest.raises(InputError, match=r"row 2 .* has the label 'bad' .*valid: fine, good"):

@@ -13,7 +13,7 @@ from airtune.training.evaluation import score
 from airtune.training.local import LocalTrainer
 from airtune.training.shapes import FAMILIES
 from airtune.types import ClientTask, LocalTraining, ServerModel, TrainingJob
-from tiny_networks import LAYERS, federated, random_adapter, tokens
+from tiny_networks import LAYERS, classification, federated, random_adapter, rows, tokens
 
 CLIENTS = [np.arange(0, 20), np.arange(20, 40)]
 
@@ -45,7 +45,7 @@ def job(server, train, client=0, **training):
 
 
 def trained(model, server, train, **training):
-    trainer = LocalTrainer(model, tokens(), CLIENTS, seed=3)
+    trainer = LocalTrainer(model, rows(model.config.task), CLIENTS, seed=3)
     return trainer.train([job(server, train, client, **training) for client in range(2)])
 
 
@@ -59,26 +59,22 @@ def distance(first, second):
 
 
 DECODERS = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma")
-CASES = [(f, "sequence-classification") for f in FAMILIES] + [(f, "causal-lm") for f in DECODERS]
+CASES = [(f, classification(f)) for f in FAMILIES] + [(f, "causal-lm") for f in DECODERS]
 
 
 @pytest.mark.parametrize(("family", "task"), CASES)
 def test_logits_and_updates_are_those_of_the_whole_network(family, task):
     plain, model = federated(family, task), cached(family, task)
-    server, data = tops_only(plain), tokens(task=task)
+    server, data = tops_only(plain), rows(task)
     expected, found = score(plain, server, data).loss, score(model, server, data).loss
-    assert model.prefix.computed == len(np.unique([data.ids[a:b].tobytes() for a, b in _pairs(data)]))
+    assert model.prefix.computed == len(data)
     assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
-    if task == "sequence-classification":
+    if task != "causal-lm":
         first = trained(model, server, top(model))
         assert model.prefix.hits and model.prefix.computed == len(data)
         assert distance(first, trained(plain, server, top(plain))) < 1e-4  # AdamW magnifies rounding
         sgd = {"optimizer": "sgd", "learning_rate": 0.1}
         assert distance(trained(model, server, top(model), **sgd), trained(plain, server, top(plain), **sgd)) < 1e-5
-
-
-def _pairs(data):
-    return zip(data.offsets[:-1], data.offsets[1:], strict=True)
 
 
 def test_in_double_precision_the_difference_is_rounding():
@@ -93,14 +89,17 @@ def test_a_sample_gives_the_same_bits_whatever_stands_beside_it_and_whatever_is_
     whole = score(model, server, data, batch_size=64).loss
     model.activate(server, AdapterSlice({}, outside="frozen", extras=False))
     alone, wide = data.batch([3]), data.batch([3, int(data.lengths.argmax())])
-    rows = [model.prefix._of_batch(model._forward, *_tensors(batch))[0, : data.lengths[3]] for batch in (alone, wide)]
-    assert torch.equal(*rows)
+    states = [
+        model.prefix._of_batch(model._forward, model.inputs, model.inputs.arguments(_tensors(batch)))
+        for batch in (alone, wide)
+    ]
+    assert torch.equal(*(found[0, : data.lengths[3]] for found in states))
     assert np.array_equal(score(small, server, data, batch_size=64).loss, whole)  # recomputed, not stored
     assert small.prefix.dropped > 0
 
 
 def _tensors(batch):
-    return torch.from_numpy(batch["input_ids"]), torch.from_numpy(batch["attention_mask"])
+    return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
 def test_no_more_bytes_than_allowed_are_held_and_what_is_dropped_is_logged_once(caplog):
@@ -160,7 +159,7 @@ def test_layers_are_as_before_after_an_error():
     expected = score(model, server, tokens()).loss
     with (
         pytest.raises(RuntimeError, match="stop"),
-        model.prefix.skipping(model._forward, *_tensors(tokens().batch([0]))),
+        model.prefix.skipping(model._forward, model.inputs, model.inputs.arguments(_tensors(tokens().batch([0])))),
     ):
         raise RuntimeError("stop")
     assert np.array_equal(score(model, server, tokens()).loss, expected)

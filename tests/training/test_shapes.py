@@ -9,7 +9,7 @@ import pytest
 
 from airtune.errors import InputError
 from airtune.training.shapes import FAMILIES, ModelConfig, adapter_shape, linear_layers
-from tiny_networks import CLASSES, LAYERS, SETTINGS, network
+from tiny_networks import CLASSES, LAYERS, SETTINGS, classification, network
 
 # PEFT asks transformers for a property that transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -47,14 +47,15 @@ def test_linear_layers_are_those_of_the_network(family):
 def test_adapter_shape_is_that_of_peft(family, targets):
     made = network(family)
     config = made.config.to_dict()
-    model = ModelConfig(target_modules=targets, rank=3, alpha=6.0)
+    model = ModelConfig(task=classification(family), target_modules=targets, rank=3, alpha=6.0)
     shape = adapter_shape(config, model, CLASSES)
     settings = peft.LoraConfig(
         r=3,
         lora_alpha=6,
         target_modules=list(shape.slots),
         fan_in_fan_out=family == "gpt2",
-        task_type="SEQ_CLS",
+        task_type="SEQ_CLS" if family != "vit" else None,
+        modules_to_save=["classifier"] if family == "vit" else None,
     )
     with_peft = peft.get_peft_model(made, settings)
     prefix = "base_model.model."
@@ -80,12 +81,16 @@ def test_adapter_shape_is_that_of_peft(family, targets):
 
 
 def test_default_targets_are_the_usual_ones():
-    names = {family: set(adapter_shape(config_of(family), ModelConfig(), CLASSES).slots) for family in SETTINGS}
+    names = {
+        family: set(adapter_shape(config_of(family), ModelConfig(task=classification(family)), CLASSES).slots)
+        for family in SETTINGS
+    }
     assert names["bert"] == {
         f"bert.encoder.layer.{i}.attention.self.{kind}" for i in range(LAYERS) for kind in ("query", "value")
     }
     assert names["mpnet"] == {f"mpnet.encoder.layer.{i}.attention.attn.{k}" for i in range(LAYERS) for k in "qv"}
     assert names["llama"] == {f"model.layers.{i}.self_attn.{k}_proj" for i in range(LAYERS) for k in "qv"}
+    assert names["vit"] == {f"vit.layers.{i}.attention.{k}_proj" for i in range(LAYERS) for k in "qv"}
     assert names["gpt2"] == {f"transformer.h.{i}.attn.c_attn" for i in range(LAYERS)}
 
 
@@ -127,6 +132,12 @@ def test_each_slot_may_have_its_own_rank_and_keeps_the_scaling():
         (lambda c: adapter_shape(c, ModelConfig(), 1), "at least 2 classes"),
         (lambda c: adapter_shape(c, ModelConfig(), 2, {"nowhere": 2}), "ranks: unknown name 'nowhere'"),
         (lambda c: adapter_shape(c, ModelConfig(task="causal-lm")), "encoder"),
+        (lambda c: adapter_shape(c, ModelConfig(task="image-classification"), 2), "model.task: 'bert' reads text"),
+        (
+            lambda _: adapter_shape(config_of("vit"), ModelConfig(), 2),
+            "model.task: 'vit' reads images.*valid: image-cl",
+        ),
+        (lambda _: adapter_shape(config_of("vit"), ModelConfig(task="causal-lm"), 2), "valid: image-classification"),
         (lambda c: adapter_shape({**c, "model_type": "brt"}, ModelConfig(), 2), "did you mean 'bert'"),
         (lambda c: adapter_shape({**c, "intermediate_size": None}, ModelConfig(), 2), "intermediate_size"),
         (lambda c: ModelConfig(task="translation"), "model.task"),

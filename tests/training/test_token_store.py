@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from airtune.errors import InputError
-from airtune.training import token_store
+from airtune.training import readers, token_store
 from airtune.training.data import DataConfig, TokenizedData
 from airtune.training.token_store import token_splits
 
@@ -33,7 +33,7 @@ class WordTokenizer:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("AIRTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(token_store, "load_tokenizer", lambda model: WordTokenizer())
+    monkeypatch.setattr(readers, "load_tokenizer", lambda model: WordTokenizer())
     rows = [f"{'long ' * (i % 5)}text number{i},{'yes' if i % 2 else 'no'}" for i in range(40)]
     (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(rows), encoding="utf-8")
     model = tmp_path / "model"
@@ -55,15 +55,14 @@ def test_the_second_time_nothing_is_tokenised_and_the_pages_are_mapped(place: Pa
     stored = splits(place)
     assert asked == 3 and WordTokenizer.asked == asked
     assert list(stored) == ["train", "test", "validation"]
-    made = token_store._tokenized(
-        DataConfig(name=str(place / "rows.csv"), validation_rows=4), str(place / "model"), "sequence-classification"
-    )
+    config, task = DataConfig(name=str(place / "rows.csv"), validation_rows=4), "sequence-classification"
+    made = token_store._made(config, task, readers.reader_of(config, str(place / "model"), task))
     for name, part in stored.items():
         assert isinstance(part.ids, np.memmap) and not part.ids.flags.writeable
         for other in (fresh[name], made[name]):
-            for array in token_store.ARRAYS:
-                np.testing.assert_array_equal(getattr(part, array), getattr(other, array))
-                assert getattr(part, array).dtype == getattr(other, array).dtype
+            for array in ("ids", "offsets", "labels"):
+                np.testing.assert_array_equal(part.arrays[array], other.arrays[array])
+                assert part.arrays[array].dtype == other.arrays[array].dtype
             assert replace(part, ids=other.ids, offsets=other.offsets, labels=other.labels) == other
     batch, again = stored["train"].batch([3, 1]), made["train"].batch([3, 1])
     assert all(np.array_equal(batch[key], again[key]) for key in batch)
@@ -100,7 +99,7 @@ def test_damage_is_named(place: Path) -> None:
     (folder / "train.ids.npy").write_bytes(b"nothing")
     with pytest.raises(InputError, match=f"{folder.name}.*damaged"):
         splits(place)
-    assert meta["train"]["task"] == "sequence-classification"
+    assert meta["train"]["fields"]["task"] == "sequence-classification"
 
 
 def test_nothing_half_made_is_left(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from airtune.experiment.config import Experiment
-from airtune.training.catalogue import find, is_fetched, locate, names, resolve_model
+from airtune.training.catalogue import find, is_fetched, locate, names, read_config, resolve_model
 from airtune.training.data import DataConfig
+from airtune.training.images import ImageShape
 
 SAMPLE_ROWS = 512
 UNKNOWN_ROWS = 100  # examples a client where the data is not here
@@ -28,7 +29,8 @@ class Assumptions:
     """What a plan takes the data to be.
 
     examples : training examples of each client. classes : of the task, None for causal language modelling.
-    tokens : of an average example. notes : one sentence for each assumption.
+    tokens : of an average example; an image has its patches and the class token. notes : one sentence for each
+        assumption.
     """
 
     examples: int
@@ -84,7 +86,9 @@ def _classes(experiment: Experiment) -> tuple[int | None, str]:
 
 
 def _tokens(experiment: Experiment) -> tuple[float, str]:
-    """Return the mean length of a sample of examples, or the longest that is allowed."""
+    """Return the mean length of a sample of examples, or the longest that is allowed; images are of one length."""
+    if experiment.model.task == "image-classification":
+        return float(ImageShape.of(read_config(experiment.model.name)).places), ""
     longest = experiment.data.max_length
     path, where = data_file(experiment.data), resolve_model(experiment.model.name)
     if path is None or path.suffix != ".jsonl" or not isinstance(where, Path):

@@ -1,6 +1,6 @@
 """From a configuration to the objects of a run: data, base model, fleet, cell, runner. This is where torch comes in.
 
-`Workshop` keeps what several runs share, so that a comparison loads the base model and tokenises the data once.
+`Workshop` keeps what several runs share, so that a comparison loads the base model and reads the data once.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from airtune.simulation.costs import CostModel
 from airtune.simulation.grouped import GroupedTrainer
 from airtune.simulation.ray_runner import RayTrainer
 from airtune.simulation.runner import SimulatedRunner
-from airtune.training.data import DataConfig, TokenizedData
+from airtune.training.data import DataConfig
 from airtune.training.evaluation import evaluate
+from airtune.training.examples import Examples
 from airtune.training.loading import load_model
 from airtune.training.local import LocalTrainer
 from airtune.training.model import FederatedModel
@@ -42,13 +43,13 @@ WORKER_GROUP = 8  # clients that a Ray worker trains together, where nothing is 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The rows of one task as token numbers; `validation` is None where none was asked for."""
+    """The rows of one task as numbers (tokens, or pixels); `validation` is None where none was asked for."""
 
-    train: TokenizedData
-    test: TokenizedData
-    validation: TokenizedData | None
+    train: Examples
+    test: Examples
+    validation: Examples | None
 
-    def split(self, name: str) -> TokenizedData:
+    def split(self, name: str) -> Examples:
         """Return the rows that a run is measured on: "test" or "validation"."""
         if name == "test":
             return self.test
@@ -65,7 +66,7 @@ class Workshop:
     rows: dict[Any, Tokens] = field(default_factory=dict[Any, Tokens])
 
     def tokens(self, data: DataConfig, model: ModelConfig) -> Tokens:
-        """Return the tokenised rows of a task."""
+        """Return the rows of a task as numbers."""
         key = (data, model.name, model.task)
         if key not in self.rows:
             splits = token_splits(data, model.name, task=model.task)
@@ -182,7 +183,7 @@ def _spread(experiment: Experiment, trainer: Trainer) -> Trainer:
 
 
 def _trainer(
-    experiment: Experiment, federated: FederatedModel, train: TokenizedData, clients: list[Indices]
+    experiment: Experiment, federated: FederatedModel, train: Examples, clients: list[Indices]
 ) -> tuple[Experiment, Trainer]:
     """Return what trains the clients, and the experiment with the choices that it made."""
     engine = experiment.engine
@@ -202,7 +203,7 @@ def _trainer(
     return replace(experiment, engine=chosen), made
 
 
-def _partition(experiment: Experiment, train: TokenizedData) -> list[Indices]:
+def _partition(experiment: Experiment, train: Examples) -> list[Indices]:
     try:
         return experiment.partition(train.labels, experiment.fleet.clients, seed=experiment.seed)
     except InputError as error:
@@ -213,7 +214,7 @@ def _partition(experiment: Experiment, train: TokenizedData) -> list[Indices]:
 
 
 def _num_labels(model: ModelConfig, tokens: Tokens) -> int | None:
-    return tokens.train.num_labels if model.task == "sequence-classification" else None
+    return None if model.task == "causal-lm" else tokens.train.num_labels
 
 
 def _ranks(experiment: Experiment, federated: FederatedModel) -> Mapping[str, int] | None:
@@ -225,7 +226,7 @@ def _costs(
     experiment: Experiment,
     federated: FederatedModel,
     adapter: AdapterShape,
-    train: TokenizedData,
+    train: Examples,
     clients: list[Indices],
 ) -> CostModel:
     counts = label_counts(train.labels, clients, train.num_labels) if train.label_names else None

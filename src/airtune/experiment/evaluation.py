@@ -15,10 +15,11 @@ from airtune.experiment.run import digest
 from airtune.experiment.store import Plain, RunStore
 from airtune.federation import Progress
 from airtune.lora import AdapterSlice, has_own, with_own
-from airtune.training.data import TokenizedData, load_tokenizer, tokenize
 from airtune.training.evaluation import Scores, client_metrics, client_spread, score
+from airtune.training.examples import Examples
 from airtune.training.partition import Indices
-from airtune.training.sources import read_labelled_file
+from airtune.training.readers import reader_of
+from airtune.training.sources import CONTENT, read_labelled_file
 
 
 def evaluate_run(folder: Path, file: str | None, workshop: Workshop) -> Plain:
@@ -60,23 +61,23 @@ def evaluate_run(folder: Path, file: str | None, workshop: Workshop) -> Plain:
     }
 
 
-def _other_rows(bench: Bench, file: str) -> TokenizedData:
+def _other_rows(bench: Bench, file: str) -> Examples:
     data, model = bench.experiment.data, bench.experiment.model
-    names = bench.tokens.train.label_names if model.task == "sequence-classification" else ()
+    names, content = () if model.task == "causal-lm" else bench.tokens.train.label_names, CONTENT[model.task]
+    column, label = getattr(data, content.option), data.label_column
     table = read_labelled_file(
-        file, text_column=data.text_column, label_column=data.label_column, label_names=names, field="--data"
+        file, column=column, label_column=label, label_names=names, field="--data", content=content
     )
-    tokenizer = load_tokenizer(model.name)
-    return tokenize(table, tokenizer, max_length=data.max_length, task=model.task, label_names=names)
+    return reader_of(data, model.name, model.task).read(table, names)
 
 
-def _spread(bench: Bench, rows: TokenizedData, scores: Scores) -> Plain | None:
+def _spread(bench: Bench, rows: Examples, scores: Scores) -> Plain | None:
     """Return mean and worst tenth over clients; None where the rows cannot be dealt out to that many clients."""
     parts = _dealt(bench, rows)
     return None if parts is None else dict(client_spread(client_metrics(scores, parts), bench.metric))
 
 
-def _personal(bench: Bench, progress: Progress, rows: TokenizedData, scores: Scores) -> Plain | None:
+def _personal(bench: Bench, progress: Progress, rows: Examples, scores: Scores) -> Plain | None:
     """Return the means of own models and of the shared one on the same rows; None where nobody has a model of its own.
 
     Each client counts once.
@@ -96,7 +97,7 @@ def _personal(bench: Bench, progress: Progress, rows: TokenizedData, scores: Sco
     return {"clients": len(own), "own": fmean(own), "shared": fmean(shared)} if own else None
 
 
-def _dealt(bench: Bench, rows: TokenizedData) -> Sequence[Indices] | None:
+def _dealt(bench: Bench, rows: Examples) -> Sequence[Indices] | None:
     """Return the rows of each client by the run's partitioner; None where they cannot be dealt to that many."""
     experiment = bench.experiment
     try:

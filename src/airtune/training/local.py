@@ -8,9 +8,10 @@ read nor moved.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from airtune.streams import stream, torch_seed
 from airtune.training.beam import Search, memory_of
-from airtune.training.data import TokenizedData, client_batches
+from airtune.training.data import client_batches
+from airtune.training.examples import Examples
 from airtune.training.layers import SeededDropout
 from airtune.training.losses import mean_loss
 from airtune.training.model import ActiveAdapter, FederatedModel
@@ -42,10 +44,10 @@ class _Progress:
     diverged: bool = field(default=False)
     replaced: int | None = None
 
-    def add(self, loss: float, mask: NDArray[np.int64]) -> None:
-        self.loss += loss * len(mask)
-        self.examples += len(mask)
-        self.tokens += int(mask.sum())
+    def add(self, loss: float, lengths: NDArray[np.int64]) -> None:
+        self.loss += loss * len(lengths)
+        self.examples += len(lengths)
+        self.tokens += int(lengths.sum())
         self.steps += 1
 
     def reports(self) -> dict[str, float]:
@@ -67,7 +69,7 @@ class LocalTrainer:
     """
 
     model: FederatedModel
-    tokens: TokenizedData
+    tokens: Examples
     clients: Sequence[Indices]
     seed: int
 
@@ -152,13 +154,12 @@ class LocalTrainer:
         total = loss if penalty is None else loss + penalty
         progress.diverged = not math.isfinite(total.item())
         if not progress.diverged:
-            progress.add(loss.item(), batch["attention_mask"])
+            progress.add(loss.item(), self.tokens.lengths[indices])
             total.backward()
 
-    def _loss(self, batch: dict[str, NDArray[np.int64]]) -> Tensor:
+    def _loss(self, batch: Mapping[str, NDArray[Any]]) -> Tensor:
         arrays = {name: torch.from_numpy(values) for name, values in batch.items()}
-        logits = self.model.logits(arrays["input_ids"], arrays["attention_mask"])
-        return mean_loss(logits, arrays["labels"].to(self.model.device))
+        return mean_loss(self.model.output(arrays), arrays["labels"].to(self.model.device))
 
     def _dropout(self, training: LocalTraining, where: tuple[int, ...]) -> nn.Module | None:
         if training.lora_dropout == 0:

@@ -27,6 +27,7 @@ from airtune.training.bottleneck import put_behind
 from airtune.training.dora import RowGain, decomposed
 from airtune.training.gates import is_gate
 from airtune.training.hardware import BASE_TYPE, Precision, checked_device, checked_precision
+from airtune.training.inputs import Arguments, TokenInputs, inputs_of
 from airtune.training.layers import head_parameters, hook_gain, inject_layers, install_parts, set_parameter
 from airtune.training.mole import Router, gating_of
 from airtune.training.prefix import FrozenPrefix
@@ -92,6 +93,7 @@ class FederatedModel:
     device : where the network is; the server's adapters stay on the CPU.
     shape : sizes of the adapter at the configured rank.
     transposed : whether the adapted weights are stored as [in, out] (GPT-2).
+    inputs : how a batch enters the network. pad_token_id : of padding, None where rows are images.
     prefix : stored activations of the layers in which only the frozen base acts; None: all layers are always run.
     """
 
@@ -136,7 +138,8 @@ class FederatedModel:
         if precision == "bf16" and self.device.type == "cpu":
             self.network.set_attn_implementation("eager")  # torch's fused attention is slow backwards in bf16 on a CPU
         self.network.config.use_cache = False
-        self.pad_token_id = _set_pad_token(self.network.config)
+        self.inputs = inputs_of(config.task, self.network.config, self.device, BASE_TYPE[precision])
+        self.pad_token_id = self.inputs.pad_token_id if isinstance(self.inputs, TokenInputs) else None
         self._layers = inject_layers(self.network, tuple(placement_of(self.shape)))
         self.transposed = next(iter(self._layers.values())).fan_in_fan_out
         self._check_sizes()
@@ -287,24 +290,30 @@ class FederatedModel:
         self.network.eval()
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the network's output: [batch, classes], or [batch, tokens, vocabulary].
+        """Return the network's output for texts: [batch, classes], or [batch, tokens, vocabulary].
 
         Parameters
         ----------
         input_ids, attention_mask : [batch, tokens], integers; padding has mask 0, whatever its token.
         """
-        input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
-        input_ids = input_ids.masked_fill(attention_mask == 0, self.pad_token_id)
+        return self.output({"input_ids": input_ids, "attention_mask": attention_mask})
+
+    def output(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the network's output for a batch of rows, as `Examples.batch` gives it: [batch, classes] or `logits`'.
+
+        batch : token numbers and mask, or ``pixel_values`` [batch, channels, height, width]; labels are not looked at.
+        """
+        arguments = self.inputs.arguments(batch)
         skipping: AbstractContextManager[Any] = nullcontext()
         if self.prefix is not None:
-            skipping = self.prefix.skipping(self._forward, input_ids, attention_mask)
+            skipping = self.prefix.skipping(self._forward, self.inputs, arguments)
         with skipping:
-            output = self._forward(input_ids, attention_mask)
+            output = self._forward(arguments)
         return cast(Tensor, output.logits).to(self.dtype)
 
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    def _forward(self, arguments: Arguments) -> Any:
         with self._autocast():
-            return self.network(input_ids=input_ids, attention_mask=attention_mask)
+            return self.network(**arguments)
 
     def base_weight(self, module: str) -> Tensor:
         """Return the frozen weight of an adapted module as [out, in], on the CPU, in the adapter's precision."""
@@ -388,11 +397,3 @@ def _map_tensors(adapter: Adapter, change: Callable[[Tensor], Tensor]) -> Adapte
 
 def _generator(seed: int, purpose: str, *where: int) -> torch.Generator:
     return torch.Generator().manual_seed(torch_seed(seed, purpose, *where))
-
-
-def _set_pad_token(config: Any) -> int:
-    """Return the token for padding; decoders that classify find the last token by it, so the config must have one."""
-    if config.pad_token_id is None:
-        end = config.eos_token_id
-        config.pad_token_id = end[0] if isinstance(end, list) else (0 if end is None else end)
-    return int(config.pad_token_id)

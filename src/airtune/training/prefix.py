@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from airtune.errors import InputError
 from airtune.lora import Adapter, LoraFactors
+from airtune.training.inputs import Arguments, NetworkInputs
 from airtune.training.shapes import linear_layers, stack_name
 
-Forward = Callable[[Tensor, Tensor], Any]
+Forward = Callable[[Arguments], Any]
 _LOG = logging.getLogger(__name__)
 
 
@@ -32,7 +33,7 @@ class FrozenPrefix:
 
     Attributes
     ----------
-    limit : bytes of the states and of the token numbers that name them.
+    limit : bytes of the states and of what names them (token numbers, or a hash of the pixels).
     depth : number of layers, from the input, in which only the frozen base acts; with none, or with all, nothing is
         skipped (before the first round no adapter acts anywhere, and states at that depth are not asked for again).
     bytes : held now. hits, computed, dropped : samples whose states were there, were computed, and did not fit.
@@ -68,13 +69,13 @@ class FrozenPrefix:
         self.depth = min(acting, default=len(self._layers))
 
     @contextmanager
-    def skipping(self, forward: Forward, input_ids: Tensor, attention_mask: Tensor) -> Generator[None]:
+    def skipping(self, forward: Forward, inputs: NetworkInputs, arguments: Arguments) -> Generator[None]:
         """Let the first `depth` layers give the stored states of these samples instead of computing.
 
         Parameters
         ----------
         forward : runs the network.
-        input_ids, attention_mask : [batch, tokens], padded on the right.
+        inputs : tells the rows of a batch apart. arguments : of the network for the batch, padded on the right.
 
         Raises
         ------
@@ -88,7 +89,7 @@ class FrozenPrefix:
         if not 0 < self.depth < len(self._layers):
             yield
             return
-        hidden = self._of_batch(forward, input_ids, attention_mask)
+        hidden = self._of_batch(forward, inputs, arguments)
         passing = self._layers[: self.depth]
         try:
             for layer in passing[:-1]:
@@ -106,20 +107,20 @@ class FrozenPrefix:
     def _returned(self, hidden: Tensor) -> Any:
         return (hidden,) if self._tuples else hidden
 
-    def _of_batch(self, forward: Forward, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _of_batch(self, forward: Forward, inputs: NetworkInputs, arguments: Arguments) -> Tensor:
         """Return the states [batch, tokens, width] of a batch, zero at the padding, which nothing attends to."""
-        rows = zip(input_ids, attention_mask.bool(), strict=True)
-        states = [self._of(forward, row[mask]) for row, mask in rows]
+        states = [self._of(forward, name, row) for name, row in inputs.rows(arguments)]
         hidden = nn.utils.rnn.pad_sequence(states, batch_first=True)
-        return nn.functional.pad(hidden, (0, 0, 0, input_ids.shape[1] - hidden.shape[1]))
+        missing = (inputs.places(arguments) or hidden.shape[1]) - hidden.shape[1]
+        return nn.functional.pad(hidden, (0, 0, 0, missing))
 
-    def _of(self, forward: Forward, ids: Tensor) -> Tensor:
+    def _of(self, forward: Forward, name: bytes, row: Arguments) -> Tensor:
         """Return the states [tokens, width] of one sample."""
-        key = (self.depth, ids.cpu().numpy().tobytes())
+        key = (self.depth, name)
         if key in self._states:
             self.hits += 1
             return self._states[key]
-        states = self._compute(forward, ids)
+        states = self._compute(forward, row)
         self.computed += 1
         size = states.numel() * states.element_size() + len(key[1])
         if self.bytes + size <= self.limit:
@@ -140,15 +141,14 @@ class FrozenPrefix:
             )
         self.dropped += 1
 
-    def _compute(self, forward: Forward, ids: Tensor) -> Tensor:
+    def _compute(self, forward: Forward, row: Arguments) -> Tensor:
         def stop(module: nn.Module, args: Any, output: Any) -> None:
             raise _LayerReachedError(output)
 
         handle = self._layers[self.depth - 1].register_forward_hook(stop)
         try:
             with torch.inference_mode(False), torch.no_grad():
-                row = ids[None].clone()
-                forward(row, torch.ones_like(row))
+                forward({name: value.clone() for name, value in row.items()})
         except _LayerReachedError as reached:
             self._tuples = isinstance(reached.output, tuple)
             return (reached.output[0] if self._tuples else reached.output)[0].clone()

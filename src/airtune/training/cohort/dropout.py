@@ -16,7 +16,7 @@ from airtune.streams import torch_seed
 from airtune.training.cohort.batches import Chunk, MicroBatch
 from airtune.training.cohort.linear import Mask
 from airtune.training.cohort.members import Member
-from airtune.training.data import TokenizedData
+from airtune.training.examples import Examples
 
 
 @dataclass
@@ -26,13 +26,13 @@ class ClientDropout:
     generators : of each client. states : of the generators at the beginning of the step. like : precision and device.
     """
 
-    tokens: TokenizedData
+    tokens: Examples
     like: Tensor
     generators: Sequence[torch.Generator]
     states: list[Tensor] = field(default_factory=list[Tensor])
 
     @staticmethod
-    def of(members: Sequence[Member], tokens: TokenizedData, seed: int, like: Tensor) -> ClientDropout:
+    def of(members: Sequence[Member], tokens: Examples, seed: int, like: Tensor) -> ClientDropout:
         """Return the generators, seeded as the twin's."""
         if members[0].training.lora_dropout == 0.0:
             return ClientDropout(tokens, like, ())

@@ -32,7 +32,7 @@ from airtune.training.cohort.memory import (
     bytes_per_token,
 )
 from airtune.training.cohort.network import check_model, checkpointed, replacements
-from airtune.training.data import TokenizedData
+from airtune.training.examples import Examples
 from airtune.training.local import LocalTrainer
 from airtune.training.model import FederatedModel
 from airtune.types import LocalTraining, Trained, TrainingJob
@@ -59,7 +59,7 @@ class CohortTrainer:
     """
 
     model: FederatedModel
-    tokens: TokenizedData
+    tokens: Examples
     clients: Sequence[Indices]
     seed: int
     memory_budget: int | None = None
