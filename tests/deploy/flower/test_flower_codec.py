@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("flwr")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ from airtune.compression.values import Stochastic
 from airtune.deploy.flower.codec import (
     ARRAY_HEADER_BYTES,
     MESSAGE_HEADER_BYTES,
+    REQUEST_HEADER_BYTES,
     STYPE,
     PayloadError,
     data_bits,
@@ -109,8 +111,6 @@ def test_an_array_that_is_not_what_it_says_is_refused(array: Array) -> None:
 
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 def test_bytes_on_the_wire_are_the_counted_bits_and_a_bounded_header(codec: object) -> None:
-    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-
     adapter = make_adapter()
     task = make_task(0, adapter, compressor=codec)
     payload = coded(task, adapter)
@@ -137,6 +137,8 @@ def test_a_request_gives_the_client_the_servers_model_for_the_counted_bits(tenso
     task = make_task(1, old, receive=receive)
     sent = write_request(task, model, Address(4, 0, 2), held=0)
     assert sent.bits == 32 * receive.num_values(old.shape)
+    on_wire = sum(len(found.deflate()) for found in get_all_nested_objects(sent.content).values())
+    assert 0 < on_wire - sent.bits // 8 <= REQUEST_HEADER_BYTES
     request = read_request(sent.content)
     assert (request.address, request.version) == (Address(4, 0, 2), 3)
     assert (request.task.client, request.task.training) == (task.client, task.training)

@@ -6,7 +6,8 @@ that its compressor counts (rounded up to whole bytes per array), bfloat16 trave
 against a list of dtypes and against its own size before a single number is read.
 
 On the link each array adds its Flower object (dtype, shape, stype, a name and the SHA-256 of its chunks), each message
-its metadata and its records: `ARRAY_HEADER_BYTES` and `MESSAGE_HEADER_BYTES` bound both, measured in the tests.
+its metadata and its records: `ARRAY_HEADER_BYTES`, `MESSAGE_HEADER_BYTES` and `REQUEST_HEADER_BYTES` bound them,
+measured in the tests.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 STYPE = "airtune.flat.1"
 ARRAY_HEADER_BYTES = 512  # of one array of a reply, names up to 32 letters
 MESSAGE_HEADER_BYTES = 2048  # of one reply without its arrays: metadata, reports, status
+REQUEST_HEADER_BYTES = 4096  # of one request beside its values: the task as JSON, metadata
 
 _LITTLE_ENDIAN = {
     name: np.dtype(name).newbyteorder("<")
