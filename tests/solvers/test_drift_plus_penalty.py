@@ -130,6 +130,19 @@ def test_a_free_latency_sends_everything_and_a_dear_one_almost_nothing(seed):
     assert dear.value["latency"] == pytest.approx(p.finish(0).objective, rel=1e-6)
 
 
+@pytest.mark.parametrize("rest", [0.5, 1e-3, 1e-5, 1e-7, 1e-9])
+def test_the_solvers_own_inverse_gives_the_rate_back_at_the_extremes(rest):
+    """R(needed) = rate to 1e-9, from a tiny part of the limit c / ln 2 to 1 - 1e-9 of it; beyond it none is enough."""
+    p = random_round(1, 4, 0)
+    p = replace(p, compute_seconds=np.zeros(1))
+    limit = float(achievable_rate(np.inf, p.power, p.gain, NOISE, GAP)[0])
+    for share in (1.0 - rest, 1e-3 * rest):
+        seconds = p.bits[2] / (share * limit)
+        width = p.needed(float(seconds))[0, 2]
+        assert achievable_rate(width, p.power, p.gain, NOISE, GAP)[0] == pytest.approx(share * limit, rel=1e-9)
+    assert p.needed(float(p.bits[2] / (1.0000001 * limit)))[0, 2] == np.inf
+
+
 def test_latency_falls_and_error_rises_with_the_price():
     latencies, errors = [], []
     for queue in (0.0, 0.03, 0.1, 0.3, 1.0, 10.0):

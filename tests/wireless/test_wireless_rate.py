@@ -100,6 +100,17 @@ def test_near_the_limit_where_scipys_lambert_w_fails(rest) -> None:
     assert snr_for_efficiency(y) == pytest.approx(float(exact), rel=1e-14 / rest + 1e-14)
 
 
+@pytest.mark.parametrize("rest", [0.5, 1e-3, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9])
+@pytest.mark.parametrize("gap", [1.0, 3.0])
+def test_the_rate_of_the_inverse_is_the_rate_at_the_extremes(rest, gap) -> None:
+    """R(R^-1(rate)) = rate to 1e-9 up to 1 - 1e-9 of the limit c / ln 2, and down to 1e-12 of it."""
+    power, gain = 0.2, 1e-12
+    limit = float(achievable_rate(np.inf, power, gain, NOISE, gap))
+    for rate in (limit * (1.0 - rest), limit * rest * 1e-3):
+        back = achievable_rate(bandwidth_for_rate(rate, power, gain, NOISE, gap), power, gain, NOISE, gap)
+        assert back == pytest.approx(rate, rel=1e-9)
+
+
 def test_shapes_broadcast() -> None:
     rate = achievable_rate(np.ones((3, 1)) * 1e6, 0.2, np.full(4, 1e-12), NOISE)
     assert rate.shape == (3, 4)
