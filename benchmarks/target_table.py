@@ -9,7 +9,7 @@ for the round's end, averaged over the clients and the rounds up to the target. 
 over seeds; a method that misses the target with some seed says how many reached it, and its means are over those.
 Ratios are paired by seed: the geometric mean of the method's cost over the reference's. Where rounds record their
 aggregation error ([evaluation] aggregation_error), its mean over the rounds is shown, too. ``--at`` adds the value of
-the last evaluation within so many rounds, megabits of uplink or fleet seconds; ``--short`` leaves out waiting and ratios.
+the last evaluation within so many rounds, megabits of uplink or fleet seconds; ``--short`` leaves out the rest.
 """
 
 from __future__ import annotations
