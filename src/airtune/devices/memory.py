@@ -49,6 +49,7 @@ def training_bytes(
     frozen_ranks: ArrayLike = 0,
     factors: Collection[str] = FACTORS,
     value_bytes: int = 4,
+    linear_bytes: float | None = None,
     trained_other: ArrayLike = 0,
     constant: float = 0.0,
 ) -> Array:
@@ -63,6 +64,8 @@ def training_bytes(
     frozen_ranks : [..., layers, kinds], components present but not trained.
     factors : what has a gradient in the trained components: "A", "B", "core".
     value_bytes : of weights and activations: 4 (fp32) or 2 (bf16).
+    linear_bytes : of a weight of the frozen linear layers, if they are stored in fewer bits; None: `value_bytes`. While
+        a layer computes, its weight is there in `value_bytes`, too: one more of the largest kind.
     trained_other : [...], other trained parameters (classifier).
     constant : bytes of everything else (framework, operating system).
     """
@@ -80,4 +83,7 @@ def training_bytes(
     tokens = np.asarray(sequences, dtype=np.float64) * np.asarray(sequence_length, dtype=np.float64)
     logits = {"causal": shape.vocabulary * tokens, "classification": classes * np.asarray(sequences), "none": 0.0}[head]
     weights = value_bytes * (shape.parameters + frozen) + 4.0 * trained
+    if linear_bytes is not None:
+        matrices = shape.inputs * shape.outputs
+        weights = weights - shape.layers * (value_bytes - linear_bytes) * matrices.sum() + value_bytes * matrices.max()
     return weights + 12.0 * trained + kept + 8.0 * logits + constant

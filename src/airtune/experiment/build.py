@@ -34,7 +34,7 @@ from airtune.training.loading import load_model
 from airtune.training.local import LocalTrainer
 from airtune.training.model import FederatedModel
 from airtune.training.partition import Indices, label_counts
-from airtune.training.shapes import ModelConfig
+from airtune.training.shapes import LINEAR_BYTES, ModelConfig
 from airtune.training.token_store import token_splits
 from airtune.types import ServerModel, Trainer
 
@@ -241,4 +241,5 @@ def _costs(
         head="causal" if experiment.model.task == "causal-lm" else "classification",
         classes=max(train.num_labels, 2),
         value_bytes=2 if experiment.engine.precision == "bf16" else 4,
+        linear_bytes=LINEAR_BYTES[experiment.model.base_weights],
     )

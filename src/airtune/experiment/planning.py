@@ -25,7 +25,7 @@ from airtune.simulation.cell import Cell
 from airtune.simulation.costs import CostModel
 from airtune.streams import stream
 from airtune.training.catalogue import read_config
-from airtune.training.shapes import adapter_shape, placement_of
+from airtune.training.shapes import LINEAR_BYTES, adapter_shape, placement_of
 from airtune.types import ClientTask, Floats, Group, Observation, Pending, Plan, ServerModel
 from airtune.wireless.units import linear_to_db
 
@@ -146,6 +146,7 @@ def planned_world(experiment: Experiment, assumed: Assumptions, examples: Floats
         head="causal" if experiment.model.task == "causal-lm" else "classification",
         classes=max(assumed.classes or 2, 2),
         value_bytes=2 if experiment.engine.precision == "bf16" else 4,
+        linear_bytes=LINEAR_BYTES[experiment.model.base_weights],
     )
     return cell_of(experiment, costs), ServerModel(_sizes_only(shape))
 

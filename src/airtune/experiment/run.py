@@ -231,6 +231,8 @@ def _export(bench: Bench, progress: Progress, store: RunStore) -> Plain:
         export_adapter(bench.federated, progress.model, store.adapter)
     kind = export_kind(bench.federated)
     export: Plain = {"kind": kind, "path": ADAPTER_FOLDER, "base_model": bench.experiment.model.name}
+    if (stored := bench.experiment.model.base_weights) != "full":
+        export["base_weights"] = stored  # opened on full weights it computes something slightly different
     own = {client: memory for client, memory in sorted(progress.pending.memory.items()) if has_own(memory)}
     if not own:
         return export

@@ -45,6 +45,7 @@ class CostModel:
         padding is not trained).
     head : of the model. classes : of the classifier.
     value_bytes : of weights and activations: 4 (fp32) or 2 (bf16).
+    linear_bytes : of a weight of the base's linear layers, if those are stored in fewer bits; None: `value_bytes`.
     constant_bytes : memory of everything else on a device (framework, operating system) [our choice].
     """
 
@@ -55,6 +56,7 @@ class CostModel:
     head: Head = "classification"
     classes: int = 2
     value_bytes: int = 4
+    linear_bytes: float | None = None
     constant_bytes: float = 0.5e9
 
     _known: dict[_Key, _Known] = field(default_factory=dict[Any, Any], init=False, repr=False, compare=False)
@@ -135,6 +137,7 @@ class CostModel:
             frozen_ranks=frozen,
             factors=factors,
             value_bytes=self.value_bytes,
+            linear_bytes=self.linear_bytes,
             trained_other=self.shape.extra_values if task.train.extras else 0,
             constant=self.constant_bytes,
         )

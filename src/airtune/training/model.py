@@ -31,6 +31,7 @@ from airtune.training.inputs import Arguments, TokenInputs, inputs_of
 from airtune.training.layers import head_parameters, hook_gain, inject_layers, install_parts, set_parameter
 from airtune.training.mole import Router, gating_of
 from airtune.training.prefix import FrozenPrefix
+from airtune.training.quantized import quantize_layers
 from airtune.training.shapes import ModelConfig, adapter_shape, gain_name, in_head, is_gain, placement_of
 from airtune.types import Beam, ServerModel
 
@@ -92,8 +93,8 @@ class FederatedModel:
     precision : "fp32"; "bf16": the base in bf16 and autocast, adapters in fp32; "fp64": all double, for checks.
     device : where the network is; the server's adapters stay on the CPU.
     shape : sizes of the adapter at the configured rank.
-    transposed : whether the adapted weights are stored as [in, out] (GPT-2).
-    inputs : how a batch enters the network. pad_token_id : of padding, None where rows are images.
+    transposed : whether the adapted weights are stored as [in, out] (GPT-2). inputs : how a batch enters the network.
+    pad_token_id : of padding, None where rows are images.
     prefix : stored activations of the layers in which only the frozen base acts; None: all layers are always run.
     """
 
@@ -122,8 +123,7 @@ class FederatedModel:
         self.precision: Precision = checked_precision(precision, self.device)
         self.dtype = torch.float64 if precision == "fp64" else torch.float32
         self.network: Any = network
-        self.config = config
-        self.num_labels = num_labels
+        self.config, self.num_labels = config, num_labels
         self.config_json: dict[str, Any] = self.network.config.to_dict()
         self.shape = self.shape_with(None)
         fresh = frozenset(self.shape.extras) if fresh is None else fresh
@@ -141,6 +141,7 @@ class FederatedModel:
         self.inputs = inputs_of(config.task, self.network.config, self.device, BASE_TYPE[precision])
         self.pad_token_id = self.inputs.pad_token_id if isinstance(self.inputs, TokenInputs) else None
         self._layers = inject_layers(self.network, tuple(placement_of(self.shape)))
+        quantize_layers(self.network, self.config_json, config.base_weights)
         self.transposed = next(iter(self._layers.values())).fan_in_fan_out
         self._check_sizes()
         self.prefix: FrozenPrefix | None = None
@@ -167,9 +168,8 @@ class FederatedModel:
         factors: dict[str, LoraFactors] = {}
         for place, (name, slot) in enumerate(shape.slots.items()):
             rows = torch.empty((slot.rank, slot.in_features), dtype=self.dtype)
-            bound = slot.in_features**-0.5
+            bound, columns = slot.in_features**-0.5, torch.zeros((slot.out_features, slot.rank), dtype=self.dtype)
             rows.uniform_(-bound, bound, generator=_generator(seed, "adapter", place))
-            columns = torch.zeros((slot.out_features, slot.rank), dtype=self.dtype)
             factors[name] = LoraFactors(A=rows, B=columns, scaling=slot.scaling)
         return Adapter(
             factors=factors,

@@ -18,8 +18,10 @@ from airtune.training.gates import check_experts, expert_name, gate_sizes, is_ga
 
 Task = Literal["sequence-classification", "causal-lm", "image-classification"]
 AdapterKind = Literal["lora", "rslora", "dora", "msp-lora", "beam-lora", "mole", "bottleneck"]
+BaseWeights = Literal["full", "int8", "nf4"]
 TASKS: tuple[Task, ...] = ("sequence-classification", "causal-lm", "image-classification")
 ADAPTER_KINDS: tuple[AdapterKind, ...] = ("lora", "rslora", "dora", "msp-lora", "beam-lora", "mole", "bottleneck")
+LINEAR_BYTES: Mapping[BaseWeights, float | None] = {"full": None, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # with scales
 LEVELS = 3  # of msp-lora: all layers, a group of layers, one layer
 
 
@@ -46,6 +48,8 @@ class ModelConfig:
     rank_stabilized : alpha / sqrt(rank) instead, for any kind of adapter.
     experts : number of LoRAs in every module with mole, each of rank `rank`; other kinds do not look at it.
     train_pooler : whether BERT's pooler is trained, sent and counted with the head; by default it stays frozen.
+    base_weights : how the linear layers inside the transformer's layers are kept: "full", in the run's precision;
+        "int8" or "nf4", in 8 or 4 bits (`airtune.training.quantized`).
     """
 
     name: str = "minilm"
@@ -58,6 +62,7 @@ class ModelConfig:
     experts: int = 2
     train_pooler: bool = False
     top_layers: int | None = None
+    base_weights: BaseWeights = "full"
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -70,6 +75,12 @@ class ModelConfig:
             raise unknown_name("model.task", self.task, TASKS)
         if self.adapter not in ADAPTER_KINDS:
             raise unknown_name("model.adapter", self.adapter, ADAPTER_KINDS)
+        if self.base_weights not in LINEAR_BYTES:
+            raise unknown_name("model.base_weights", self.base_weights, LINEAR_BYTES)
+        if self.base_weights != "full" and self.adapter == "dora":
+            raise InputError(
+                "model.base_weights: dora needs the norms of whole weights; valid: full, or another adapter"
+            )
         if self.top_layers is not None and self.top_layers < 1:
             raise InputError(f"model.top_layers: {self.top_layers} adapts nothing; valid: 1 or more, or none")
         if self.rank < 1:
