@@ -42,7 +42,7 @@ class Fleet:
     energy_per_flop : [clients], J per FLOP while training.
     receive_power : [clients], W, while receiving.
     num_examples : [clients], training examples; a client with none is never scheduled.
-    label_counts : [clients, classes], training examples per class, or None (causal language modelling).
+    label_counts : [clients, classes], training examples per class or topic, or None (texts without either).
     """
 
     device: tuple[str, ...]

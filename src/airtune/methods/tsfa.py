@@ -71,8 +71,8 @@ class TSFA:
     Departures from the specification: keep ratios are whole numbers of components from the start, since nothing else
     can be sent. The largest rank is [model].rank, and the pilot runs inside the training with the queue counting it;
     alpha / rank stays that of [model].rank. The covariance term of a smaller rank is measured on its most important
-    components. Norms come from the last upload; what was not sent counts with the server's values. The mean
-    channel of the offline stage is that of the round in which it decides.
+    components. Norms come from the last upload; what was not sent counts with the server's values. The offline
+    stage takes path loss and shadowing of the round in which it decides, and the mean over drawn fading.
 
     Parameters
     ----------
@@ -84,6 +84,8 @@ class TSFA:
     error_model : "profile", "quadratic" or "linear".
     pilot_rounds : 0: the rank is [model].rank.
     candidate_ranks : ranks to choose from, at most [model].rank; empty: powers of two up to it, and itself.
+    channel_draws : channels, drawn from the law of the gains, over which the offline stage takes the mean latency; 0,
+        or where that law is not known (measured rates): the estimated channel of the round.
     rate_quantile : plan with the rate that the true one falls below with this probability; None: with the estimate.
     error_variance : of the channel estimates, assumed for `rate_quantile`, as in [wireless.knowledge].
     outage_after : a client that, alone in the whole band, would upload one component for more than so many limits is
@@ -102,6 +104,7 @@ class TSFA:
     error_model: ErrorModelName = "profile"
     pilot_rounds: int = 1
     candidate_ranks: tuple[int, ...] = ()
+    channel_draws: int = 32
     rate_quantile: float | None = None
     error_variance: float = 0.1
     outage_after: float | None = None
@@ -130,6 +133,7 @@ class TSFA:
         _check("limit_share", self.limit_share, 0.0 <= self.limit_share <= 1.0, "0 to 1")
         _check("error_weight", self.error_weight, 0.0 < self.error_weight < math.inf, "above 0")
         _check("pilot_rounds", self.pilot_rounds, self.pilot_rounds >= 0, "at least 0")
+        _check("channel_draws", self.channel_draws, self.channel_draws >= 0, "at least 0")
         ranks = self.candidate_ranks
         _check("candidate_ranks", ranks, all(r >= 1 for r in ranks) and list(ranks) == sorted({*ranks}), "increasing")
         _check("rate_quantile", quantile, quantile is None or 0.0 < quantile < 1.0, "above 0, below 1")
@@ -186,7 +190,7 @@ class TSFA:
             raise NoResultError(f"method: tsfa: {found.message}")
         planned = options.planned(found.value["choice"], found.value["bandwidth"])
         notes |= self._notes(state, options, found, limit, weights)
-        notes |= self._offline_notes(state, options.clients, seen, work, gain, limit)
+        notes |= self._offline_notes(state, options.clients, seen, work, gain, limit, rng)
         if self.rate_quantile is not None:
             notes["estimated_gain"] = seen.links.uplink_gain.tolist()
         return Plan((Group(planned),), notes)
@@ -289,14 +293,26 @@ class TSFA:
         return fleet.data_weight if self.weights == "examples" else (fleet.num_examples > 0).astype(np.float64)
 
     def _offline_notes(
-        self, state: LatencyControl, clients: Ints, seen: Observation, work: LocalWork, gain: Floats, limit: float
+        self,
+        state: LatencyControl,
+        clients: Ints,
+        seen: Observation,
+        work: LocalWork,
+        gain: Floats,
+        limit: float,
+        rng: np.random.Generator,
     ) -> dict[str, Any]:
         """Return the curve over ranks: in the pilot what each could send, after it the bound that decided."""
         if state.rank == 0:
             options = choices_by_rank(clients, self._candidates(seen.shape.max_rank), seen, work, gain)
-            offline = offline_notes(options, limit)
+            known = self.channel_draws > 0 and seen.links.fixed_uplink_rate is None
+            draws = seen.statistics.draw(self.channel_draws, rng) if known and seen.statistics is not None else None
+            offline = offline_notes(options, limit, draws)
             sent = [0.0 if s is None else s * r for r, s in zip(offline["ranks"], offline["keep_ratios"], strict=True)]
-            return {"offline": offline, "curves": [_curve("Components within the limit", offline["ranks"], sent, None)]}
+            notes: dict[str, Any] = {"offline": offline}
+            if all(ratio is None for ratio in offline["keep_ratios"]):
+                notes["rank_out_of_reach"] = "in the mean no rank sends one component in time; the least is taken"
+            return {**notes, "curves": [_curve("Components within the limit", offline["ranks"], sent, None)]}
         if state.bounds and state.rounds == self.pilot_rounds:
             return {"curves": [self.bound_curve(state, seen.shape.max_rank)]}
         return {}

@@ -131,8 +131,18 @@ class Choices:
         chosen = zip(self.tasks, choice, bandwidth, strict=True)
         return tuple(replace(task, compressor=codecs[int(j)], bandwidth=float(w)) for task, j, w in chosen)
 
-    def largest_ratio(self, limit: float) -> float:
-        """Return the largest common keep ratio with a round within `limit` (s, without download), NaN without one."""
+    def mean_full_latency(self, gains: Floats) -> float:
+        """Return the mean over channels [draws, n] of the least seconds, without download, until all sent all."""
+        if self.rates is not None:
+            return self.latency(len(self.bits) - 1)
+        return float(np.mean([replace(self, gain=row).latency(len(self.bits) - 1) for row in gains]))
+
+    def largest_ratio(self, limit: float, gains: Floats) -> float:
+        """Return the largest common keep ratio with which the mean round takes at most `limit`, NaN without one.
+
+        limit : s, without download. gains : [draws, n], channels over which the mean is taken; not used where the
+        rates are given.
+        """
         if self.rates is not None:
             fits = [j for j in range(len(self.bits)) if self.latency(j) <= limit]
             return float(self.components[max(fits)]) / self.rank if fits else float("nan")
@@ -140,7 +150,7 @@ class Choices:
         several = len(self.bits) > 1
         each = (full - one) / (self.rank - int(self.components[0])) if several else 0.0
         changing = each * self.rank if several else full
-        link = (self.power, self.gain, self.noise_density, self.bandwidth)
+        link = (self.power, gains, self.noise_density, self.bandwidth)
         lowest = self.rank if several else 1
         found = largest_keep_ratio(
             self.compute_seconds, changing, full - changing, lowest, *link, limit, self.snr_gap, tolerance=1e-4
@@ -167,13 +177,22 @@ def choices_by_rank(
     return found
 
 
-def offline_notes(options: Sequence[Choices], limit: float) -> dict[str, Any]:
-    """Return what goes on record of the ranks that could be chosen: the share of each that meets the limit (s)."""
-    ratios = [option.largest_ratio(limit - option.download_seconds) for option in options]
+def offline_notes(options: Sequence[Choices], limit: float, draws: Floats | None) -> dict[str, Any]:
+    """Return what goes on record of the ranks that could be chosen: the share of each that meets the limit (s).
+
+    draws : [draws, clients of the fleet], channels over which latencies are averaged; None: the options' own channel.
+    """
+    ratios: list[float] = []
+    full: list[float] = []
+    for option in options:
+        gains = option.gain[None, :] if draws is None else draws[:, option.clients]
+        ratios.append(option.largest_ratio(limit - option.download_seconds, gains))
+        full.append(option.mean_full_latency(gains) + option.download_seconds)
     return {
         "ranks": [option.rank for option in options],
         "keep_ratios": [None if np.isnan(ratio) else ratio for ratio in ratios],
-        "full_latency_s": [option.latency(len(option.bits) - 1) + option.download_seconds for option in options],
+        "full_latency_s": full,
+        "channel_draws": 0 if draws is None else len(draws),
     }
 
 

@@ -28,6 +28,26 @@ DOWNLINKS: tuple[Downlink, ...] = ("broadcast", "unicast")
 
 
 @dataclass(frozen=True)
+class UplinkStatistics:
+    """The law of a cell's uplink gains at `time` (s): path loss and shadowing as they are, the fading drawn anew.
+
+    The draws have the coefficients of other worlds (seeds), so they say nothing about the fading of this one.
+    """
+
+    channel: RadioChannel
+    seed: int
+    time: float
+    clients: int
+
+    def draw(self, count: int, rng: np.random.Generator) -> Floats:
+        """Return gains [count, clients]; see `airtune.types.GainStatistics`."""
+        everyone = np.arange(self.clients)
+        seeds = rng.integers(0, 2**62, size=count)
+        small = np.stack([self.channel.coefficient(int(seed), everyone, self.time, "uplink") for seed in seeds])
+        return self.channel.mean_gain(self.seed, everyone, self.time, "uplink") * (small.real**2 + small.imag**2)
+
+
+@dataclass(frozen=True)
 class Cell:
     """A fleet in a radio cell; an `airtune.types.Environment` for planners, the truth for the runner.
 
@@ -95,6 +115,7 @@ class Cell:
             in_flight=busy,
             free_bandwidth=max(self.channel.uplink_bandwidth - occupied, 0.0),
             reports=pending.reports,
+            statistics=UplinkStatistics(self.channel, self.seed, time, self.nominal.size),
         )
 
     def _estimated_links(self, round_index: int, time: float, pending: Pending) -> LinkState:
