@@ -11,7 +11,7 @@ from airtune.aggregation.one_factor import MergeAndRedraw
 from airtune.errors import InputError
 from airtune.lora import ONLY_A, ONLY_B, Adapter, AdapterSlice, DenseUpdate, LoraFactors, merge
 from airtune.training.catalogue import catalogue, is_fetched
-from airtune.training.hardware import checked_device, checked_precision
+from airtune.training.hardware import checked_device, checked_precision, on_device
 from airtune.training.loading import load_model
 from airtune.training.model import NOTHING, FederatedModel
 from airtune.training.shapes import ModelConfig
@@ -336,6 +336,20 @@ def test_device_and_precision_are_checked(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
     with pytest.raises(InputError, match="no bf16 instructions"):
         checked_precision("bf16", torch.device("cpu"))
+
+
+def test_batches_reach_the_cpu_without_a_copy_and_a_gpu_through_pinned_memory(monkeypatch):
+    arrays = {"input_ids": np.arange(6).reshape(2, 3), "labels": np.array([1, 0])}
+    here = on_device(arrays, torch.device("cpu"))
+    arrays["labels"][1] = 7
+    assert here["labels"].tolist() == [1, 7]
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: asked.append("pinned") or self)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, device, non_blocking: asked.append((device, non_blocking)) or self
+    )
+    there = on_device(arrays, torch.device("cuda"))
+    assert asked == ["pinned", (torch.device("cuda"), True)] * 2 and set(there) == set(arrays)
 
 
 def test_bf16_keeps_adapters_in_single_precision(monkeypatch):

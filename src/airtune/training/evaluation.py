@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from airtune.training.data import length_sorted_batches
 from airtune.training.examples import Examples
+from airtune.training.hardware import on_device
 from airtune.training.losses import loss_by_example
 from airtune.training.model import FederatedModel
 from airtune.types import ServerModel
@@ -55,9 +56,8 @@ def score(model: FederatedModel, server: ServerModel, tokens: Examples, *, batch
     loss, weight, correct = (np.zeros(len(tokens)) for _ in range(3))
     with torch.inference_mode():
         for indices in length_sorted_batches(tokens, batch_size):
-            batch = {name: torch.from_numpy(values) for name, values in tokens.batch(indices).items()}
-            logits = model.output(batch)
-            labels = batch["labels"].to(logits.device)
+            batch = on_device(tokens.batch(indices), model.device)
+            logits, labels = model.output(batch), batch["labels"]
             losses, weights = loss_by_example(logits, labels)
             loss[indices], weight[indices] = losses.double().cpu().numpy(), weights.double().cpu().numpy()
             if classify:

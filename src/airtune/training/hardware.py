@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from airtune.errors import InputError
 
@@ -42,6 +45,17 @@ def checked_precision(name: str, device: torch.device) -> Precision:
     if name == "bf16" and not _has_bf16(device):
         raise InputError(f"training.precision: {device.type} has no bf16 instructions here; valid: fp32")
     return cast(Precision, name)
+
+
+def on_device(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+    """Return arrays as tensors on a device; to a GPU through pinned memory: the host does not wait for the copy.
+
+    On the CPU a tensor shares its array's memory.
+    """
+    tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    if device.type == "cpu":
+        return tensors
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -22,6 +22,7 @@ from airtune.streams import stream, torch_seed
 from airtune.training.beam import Search, memory_of
 from airtune.training.data import client_batches
 from airtune.training.examples import Examples
+from airtune.training.hardware import on_device
 from airtune.training.layers import SeededDropout
 from airtune.training.losses import mean_loss
 from airtune.training.model import ActiveAdapter, FederatedModel
@@ -158,8 +159,8 @@ class LocalTrainer:
             total.backward()
 
     def _loss(self, batch: Mapping[str, NDArray[Any]]) -> Tensor:
-        arrays = {name: torch.from_numpy(values) for name, values in batch.items()}
-        return mean_loss(self.model.output(arrays), arrays["labels"].to(self.model.device))
+        tensors = on_device(batch, self.model.device)
+        return mean_loss(self.model.output(tensors), tensors["labels"])
 
     def _dropout(self, training: LocalTraining, where: tuple[int, ...]) -> nn.Module | None:
         if training.lora_dropout == 0:

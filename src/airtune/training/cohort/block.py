@@ -20,6 +20,7 @@ from airtune.training.cohort.optimizers import Settings, StackedOptimizer, clip,
 from airtune.training.cohort.setup import Cohort
 from airtune.training.cohort.stacks import Stacks, adapter_of
 from airtune.training.examples import Examples
+from airtune.training.hardware import on_device
 from airtune.training.losses import loss_by_example
 from airtune.training.model import FederatedModel, as_factors
 from airtune.training.shapes import linear_layers
@@ -176,10 +177,10 @@ class Block:
             weights |= self.gates.importance(leaves, members)
         mask = self.dropout.mask_of(micro, self.members, step)
         self.session.bound = Bound(micro.rows, micro.segments, self.parts, weights, scaling, mask)
-        batch = {name: torch.from_numpy(values) for name, values in self.tokens.batch(micro.indices).items()}
+        batch = on_device(self.tokens.batch(micro.indices), self.like.device)
         with torch.enable_grad():
             logits = self.model.output(batch)
-            each, _ = loss_by_example(logits, batch["labels"].to(self.like.device))
+            each, _ = loss_by_example(logits, batch["labels"])
             shares = each * self._shares(micro, step)
             found = torch.autograd.grad(shares.sum(), list(leaves.values()), allow_unused=True)
         self.session.bound = None
