@@ -237,7 +237,7 @@ def replace_task(seen: Observation, kept: int, training: LocalTraining):
 # ---------------------------------------------------------------------------------------------------------- baselines
 
 
-@pytest.mark.parametrize("name", ["full", "uniform", "weighted", "statistical", "published"])
+@pytest.mark.parametrize("name", ["full", "uniform", "weighted", "statistical", "published", "split"])
 def test_baselines_have_their_shape_and_are_never_predicted_better(name: str) -> None:
     world = world_of(8, examples=[20, 25, 30, 20, 40, 20, 25, 30])
     norms = tuple(np.linspace(1.0, 2.0, 8).tolist())
@@ -254,6 +254,10 @@ def test_baselines_have_their_shape_and_are_never_predicted_better(name: str) ->
     best = first_plan(AdaptiveSampling(constants=constants), world)
     assert best.notes["expected_total_s"] <= plan.notes["expected_total_s"] * 1.02  # rates assume different cohorts
     assert best.notes["gain_over_uniform"] >= 1.0
+    uniform = first_plan(AdaptiveSampling(sampling="uniform", sizes="largest", constants=constants), world)
+    gain = plan.notes["gain_over_uniform"]  # of every baseline, by the same measure of time
+    assert gain == pytest.approx(uniform.notes["expected_total_s"] / plan.notes["expected_total_s"], rel=0.02)
+    assert plan.notes["time_measure"] == best.notes["time_measure"] == "mean over every cohort"
 
 
 def test_the_expected_cohort_size_of_a_baseline_can_be_given() -> None:
@@ -272,6 +276,23 @@ def test_one_decision_at_a_time() -> None:
     assert np.ptp(probabilities(q_only)) > 0.01
     k_only = first_plan(AdaptiveSampling(sampling="uniform", constants=PICKY), world_of(12, flops=slow))
     assert np.ptp(probabilities(k_only)) < 1e-12
+
+
+def test_the_gain_is_known_above_a_thousand_clients() -> None:
+    for fields in ({}, {"sampling": "weighted", "sizes": "largest"}):
+        notes = first_plan(AdaptiveSampling(ratios=(0.25, 1.0), **fields), world_of(1001)).notes
+        assert notes["time_measure"] == "upper bound U2"
+        assert notes["gain_over_uniform"] > 0.5
+        assert notes["gain_over_uniform"] >= 1.0 or fields
+
+
+def test_expected_bits_are_the_mean_over_cohorts() -> None:
+    world = world_of(8)
+    full = first_plan(AdaptiveSampling(sampling="full", sizes="largest"), world)
+    seen = observed(world)
+    assert full.notes["expected_uplink_bits"] == sum(seen.costs.uplink_bits(task) for task in full.tasks)
+    half = first_plan(AdaptiveSampling(sampling="uniform", sizes="largest", expected_cohort_size=4.0), world)
+    assert half.notes["expected_uplink_bits"] == pytest.approx(full.notes["expected_uplink_bits"] / 2)
 
 
 def test_the_equal_split_is_planned_as_such() -> None:

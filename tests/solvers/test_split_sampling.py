@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from airtune.errors import InputError
+from airtune.errors import InputError, NoResultError
+from airtune.solvers.joint_problem import JointProblem, Judge
+from airtune.solvers.joint_sampling import solve
 from airtune.solvers.round_bound import Form, RoundModel, split_rounds
+from airtune.solvers.sampling_baselines import split_decision
 from airtune.solvers.split_sampling import SplitChoices, best_split
 
 RATIO = np.array([0.25, 0.5, 1.0])
@@ -47,6 +50,35 @@ def test_it_equals_brute_force_over_all_sizes(form: Form, seed: int) -> None:
     brute = min(best_q(problem, np.array(sizes)) for sizes in itertools.product(range(3), repeat=3))
     assert found.objective == pytest.approx(brute, rel=1e-5)
     assert problem.value(found.value["probability"], found.value["choice"]) == pytest.approx(found.objective)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["V", "S", "V+S"])
+@pytest.mark.parametrize("size", [4, 5])
+def test_it_equals_brute_force_for_more_clients(form: Form, size: int) -> None:
+    problem, _ = instance(10 + size, form, size)
+    brute = min(best_q(problem, np.array(sizes)) for sizes in itertools.product(range(3), repeat=size))
+    assert best_split(problem).objective == pytest.approx(brute, rel=1e-5)
+
+
+def test_as_a_baseline_it_is_judged_by_the_same_time_and_keeps_to_the_memories() -> None:
+    rng = np.random.default_rng(0)
+    weight, allowed = np.array([0.3, 0.0, 0.4, 0.3]), np.array([[True, True, False]] * 2 + [[True] * 3] * 2)
+    compute, upload = rng.lognormal(0, 1, (4, 1)) * (1 + RATIO), rng.lognormal(0, 1, (4, 1)) * RATIO
+    model = RoundModel(20.0, 8.0, "V")
+    problem = JointProblem.of(weight, compute, upload, RATIO, 2.0, model, allowed=allowed)
+    judge = Judge.of(problem)
+    found = split_decision(problem, judge)
+    assert found.choice.tolist() == [1, 1, 2, 2]  # form V with additive time: the largest that fits
+    assert found.probability[1] == 0.0
+    used = weight > 0.0
+    cost = np.where(allowed, compute + upload / 2.0, np.inf)[used]
+    expected = best_split(SplitChoices.of(model, weight[used], cost, RATIO)).value["probability"]
+    np.testing.assert_allclose(found.probability[used], expected)
+    best = solve(problem, baselines=False).decision
+    assert best.total_seconds <= judge.decision(found.probability, found.choice).total_seconds == found.total_seconds
+    with pytest.raises(NoResultError, match="split form"):
+        split_decision(JointProblem.of(weight, compute, upload, RATIO, 2.0, RoundModel(1.0, 0.4)), judge)
 
 
 def test_its_rounds_are_those_of_the_bound_and_never_below_the_unsplit_ones() -> None:

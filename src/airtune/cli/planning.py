@@ -14,7 +14,7 @@ from airtune.cli.arguments import Arguments, listed, numbers
 from airtune.cli.files import experiment_file
 from airtune.cli.output import say
 from airtune.cli.rank_table import rank_table
-from airtune.cli.sampling_table import pilot_table, sampling_summary, sampling_table
+from airtune.cli.sampling_table import pilot_table, sampling_summary, sampling_table, warnings_of
 from airtune.devices.profiles import DeviceProfile
 from airtune.errors import InputError
 from airtune.experiment.config import Experiment, ExperimentFile
@@ -79,6 +79,8 @@ def _show(plans: list[Plain], fields: tuple[str, ...], profiles: Sequence[Device
         for table in (devices, pilots, rank_table(plans[0])):
             if table is not None:
                 console.print(table)
+    for text in dict.fromkeys(f"{found['method']}: {text}" for found in plans for text in warnings_of(found["notes"])):
+        say(text)
     for note in dict.fromkeys(note for found in plans for note in found["notes"]["assumed"]):
         say(f"assumed: {note}")
 

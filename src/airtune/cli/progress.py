@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from airtune.cli.sampling_table import warnings_of
+
 if TYPE_CHECKING:
     from airtune.experiment.build import Bench
     from airtune.experiment.store import RunStore
@@ -33,6 +35,7 @@ class Display:
     uplink_bits: float = 0.0
     rounds: int | None = None
     seconds: float | None = None
+    warned: set[str] = field(default_factory=set[str])
 
     def started(self, bench: Bench, store: RunStore, rounds_done: int) -> None:
         """Show the run's name, its limits and the folder."""
@@ -53,6 +56,10 @@ class Display:
         self.uplink_bits += line["uplink_bits"]
         if line.get(self.metric) is not None:
             self.value = line[self.metric]
+        for text in [f"{self.label}: {text}" for text in warnings_of(line.get("notes", {}))]:
+            if text not in self.warned:
+                self.warned.add(text)
+                self.screen.print(text, soft_wrap=True)
         for lost in line["dropped"]:
             if lost["reason"] == "diverged":
                 self.screen.print(f"{self.label}: round {line['round']}: client {lost['client']} diverged, dropped")

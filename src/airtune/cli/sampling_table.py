@@ -12,7 +12,7 @@ Plain = Mapping[str, Any]
 
 
 def sampling_summary(found: Plain) -> str | None:
-    """Return the expected rounds, seconds and gain over uniform sampling in a sentence; None for other methods."""
+    """Return the expected rounds, seconds and gain over uniform sampling in two sentences; None for other methods."""
     notes = found["notes"]
     if "sampling" not in notes or "expected_round_s" not in notes:
         return None
@@ -21,11 +21,19 @@ def sampling_summary(found: Plain) -> str | None:
     total = "" if notes["expected_total_s"] is None else f" = {notes['expected_total_s']:.1f} s to the target"
     basis = "constants of pilots" if notes["round_model"]["from_pilot"] else "assumed constants: only ratios count"
     uniform = "" if gain is None else f"; uniform sampling takes {gain:.2f} times as long"
-    solver = found["solver"]
+    solver, drawn = found["solver"], found["predicted"]["drawn"]
     return (
         f"{found['method']}: expected {need} of {notes['expected_round_s']:.2f} s{total}{uniform} "
-        f"(branch {solver['branch']}, gap {_percent(solver['gap'])}, {basis})"
+        f"(seconds of a round: {notes['time_measure']}; branch {solver['branch']}, gap {_percent(solver['gap'])}, "
+        f"{basis}). Drawn for round 1: {drawn['clients']} clients, {drawn['round_s']:.2f} s; energy and straggler are "
+        "those of this cohort."
     )
+
+
+def warnings_of(notes: Plain) -> list[str]:
+    """Return what a reader of a plan or a run should know of how updates are weighted, a line each."""
+    names = {"heuristic_scaling": "heuristic scaling", "departure": "departure", "unused": "not used"}
+    return [f"{shown}: {notes[name]}" for name, shown in names.items() if name in notes]
 
 
 def sampling_table(found: Plain, devices: Sequence[str]) -> Table | None:

@@ -187,22 +187,14 @@ def _plain_plan(
     seen: Observation,
     assumed: Assumptions,
 ) -> Plain:
-    stop = experiment.stop
-    rounds = stop.rounds
-    if stop.fleet_seconds is not None:
-        by_time = int(np.ceil(stop.fleet_seconds / round_s))
-        rounds = by_time if rounds is None else min(rounds, by_time)
     notes = {**plan.notes, "assumed": assumed.notes}
+    joules = sum(part.joules for part in tasks)
     return plain(
         {
             "schema": SCHEMA,
             "method": experiment.label,
             "predicted": {
-                "rounds": rounds,
-                "round_s": round_s,
-                "total_s": None if rounds is None else rounds * round_s,
-                "uplink_bits": uplink_bits,
-                "energy_j": sum(part.joules for part in tasks),
+                **_predicted(experiment, plan.notes, len(tasks), round_s, uplink_bits, joules),
                 "straggler": _straggler(tasks, cell),
             },
             "clients": _clients(tasks, seen, cell, experiment.seed),
@@ -211,6 +203,44 @@ def _plain_plan(
             "notes": notes,
         }
     )
+
+
+def _predicted(
+    experiment: Experiment, notes: Mapping[str, Any], cohort: int, round_s: float, uplink_bits: float, joules: float
+) -> Plain:
+    """Return seconds, bits and joules of a round and in all.
+
+    Where the cohort is drawn by chance and the method knows the mean over cohorts, seconds and bits are that mean;
+    what the drawn round takes is kept under ``drawn``, and ``to_target`` has the rounds of the method's own model.
+    """
+    drawn: Plain = {"round_s": round_s, "uplink_bits": uplink_bits, "energy_j": joules}
+    expected = notes.get("expected_round_s")
+    if expected is None:
+        return {**_until_the_end(experiment, round_s), **drawn}
+    mean = {"round_s": expected, "uplink_bits": notes.get("expected_uplink_bits", uplink_bits)}
+    return {
+        **_until_the_end(experiment, expected),
+        **mean,
+        "energy_j": joules,
+        "means_over_cohorts": ["round_s", "total_s", "uplink_bits"],
+        "drawn": {"clients": cohort, **drawn},
+        "to_target": {
+            "rounds": notes["expected_rounds"],
+            "total_s": notes["expected_total_s"],
+            "gain_over_uniform": notes.get("gain_over_uniform"),
+            "time_measure": notes["time_measure"],
+        },
+    }
+
+
+def _until_the_end(experiment: Experiment, round_s: float) -> Plain:
+    """Return the rounds that ``[stop]`` allows and their seconds."""
+    stop = experiment.stop
+    rounds = stop.rounds
+    if stop.fleet_seconds is not None:
+        by_time = int(np.ceil(stop.fleet_seconds / round_s))
+        rounds = by_time if rounds is None else min(rounds, by_time)
+    return {"rounds": rounds, "total_s": None if rounds is None else rounds * round_s}
 
 
 def _straggler(tasks: list[PredictedTask], cell: Cell) -> Mapping[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from airtune.errors import InputError, NoResultError, unknown_name
 from airtune.optimizers import SGD
 from airtune.scheduling.bandwidth import BandwidthRule, EqualFinish
 from airtune.scheduling.capacity import CapacityEstimator
+from airtune.scheduling.decision_notes import decision_notes
 from airtune.scheduling.joint_cohort import CohortProblem, Measured, RoundConstants
 from airtune.scheduling.planner import able_clients, make_tasks, share_band
 from airtune.scheduling.sampling import inclusion_probabilities
@@ -23,7 +24,14 @@ from airtune.scheduling.work import LocalWork
 from airtune.solvers.joint_problem import Decision, JointProblem, Judge
 from airtune.solvers.joint_sampling import JointAnswer, solve
 from airtune.solvers.pilot_fit import GradientNorms, noise_weights
-from airtune.solvers.sampling_baselines import largest_sizes, published_scan, scaled, size_candidates
+from airtune.solvers.sampling_baselines import (
+    largest_sizes,
+    published_decision,
+    scaled,
+    size_candidates,
+    split_decision,
+    uniform_decision,
+)
 from airtune.types import (
     ClientTask,
     Compressor,
@@ -38,7 +46,7 @@ from airtune.types import (
     ServerModel,
 )
 
-Sampling = Literal["optimal", "full", "uniform", "weighted", "statistical", "published"]
+Sampling = Literal["optimal", "full", "uniform", "weighted", "statistical", "published", "split"]
 Sizes = Literal["optimal", "largest"]
 Noise = Literal["equal", "gradients", "losses"]
 HEURISTIC = "the factors a_n / q_n and rank / kept scale steps of plain SGD; with this optimizer they are heuristic"
@@ -101,7 +109,8 @@ class AdaptiveSampling:
     ----------
     ratios : the sketching ratios to choose from.
     sampling : "optimal"; baselines: "full" (q = 1), "uniform", "weighted" (q in proportion to a_n), "statistical" (to
-        a_n G_n), "published" (the predecessor's line search on the round time, without sketches).
+        a_n G_n), "published" (the predecessor's line search on the round time, without sketches), "split" (its split
+        round count with additive time, solved exactly, sizes included).
     sizes : "optimal", or "largest": what each device's memory holds (with `sampling` = "optimal": q-only; "uniform"
         with "optimal" sizes: k-only).
     expected_cohort_size : sum of q for uniform, weighted and statistical; None: the best for each.
@@ -152,7 +161,7 @@ class AdaptiveSampling:
     def __post_init__(self) -> None:
         """Check names and ranges that need no fleet."""
         check_ratios(self.ratios)
-        _one_of("sampling", self.sampling, ("optimal", "full", "uniform", "weighted", "statistical", "published"))
+        _one_of("sampling", self.sampling, get_args(Sampling))
         _one_of("sizes", self.sizes, ("optimal", "largest"))
         _one_of("noise", self.noise, ("equal", "gradients", "losses"))
         Sketching(self.scope, self.download)
@@ -275,7 +284,18 @@ class AdaptiveSampling:
             if decision is None:
                 raise NoResultError(f"plan: {answer.solution.message}")
             expected = float(decision.probability.sum())
-        return decision, self._solver_notes(problem, answer, decision, seen)
+        notes = decision_notes(problem, answer, decision, self.constants, self.noise, seen.round)
+        notes["expected_uplink_bits"] = self._expected_bits(decision, kept, seen, work)
+        return decision, notes
+
+    def _expected_bits(self, decision: Decision, kept: Ints, seen: Observation, work: LocalWork) -> float:
+        """Return the uplink bits of a round, the mean over cohorts."""
+        sketching, total = Sketching(self.scope, self.download), 0.0
+        sizes = [sketching.sized(seen.shape, int(k)) for k in kept]
+        for client in np.flatnonzero(decision.probability).tolist():
+            task = work.task(client, sizes[decision.choice[client]], seen)
+            total += decision.probability[client] * float(seen.costs.uplink_bits(task))
+        return total
 
     def _answer(self, problem: JointProblem, gradients: Floats, final: bool) -> JointAnswer:
         if self.sampling == "optimal":
@@ -291,11 +311,14 @@ class AdaptiveSampling:
             return replace(reference, decision=None, solution=replace(reference.solution, message=message))
         solution = replace(reference.solution, objective=decision.total_seconds, message=f"baseline {self.sampling}")
         worth = {**reference.candidates, self.sampling: decision.total_seconds}
-        return replace(reference, solution=solution, decision=decision, branch=self.sampling, candidates=worth)
+        uniform, changes = uniform_decision(problem, judge), {"branch": self.sampling, "candidates": worth}
+        return replace(reference, solution=solution, decision=decision, uniform=uniform, **changes)
 
     def _baseline(self, problem: JointProblem, judge: Judge, gradients: Floats) -> Decision | None:
         if self.sampling == "published":
-            return self._published(problem, judge)
+            return published_decision(problem, judge)
+        if self.sampling == "split":
+            return split_decision(problem if self.sizes == "optimal" else problem.with_full_size(), judge)
         used = (problem.weight > 0.0).astype(np.float64)
         shape = {"weighted": problem.weight, "statistical": problem.weight * gradients}.get(self.sampling, used)
         sizes = [largest_sizes(problem)] if self.sizes == "largest" else size_candidates(problem)
@@ -313,18 +336,6 @@ class AdaptiveSampling:
         q[used] = inclusion_probabilities(shape[used], min(self.expected_cohort_size, int(used.sum())))
         return judge.decision(q, choice)
 
-    def _published(self, problem: JointProblem, judge: Judge) -> Decision | None:
-        used = problem.weight > 0.0
-        choice = largest_sizes(problem)
-        upload = problem.times(choice).upload[used]
-        model = problem.model
-        found = published_scan(problem.weight[used], upload, problem.bandwidth, model.alpha, model.beta)
-        if not found.ok:
-            raise NoResultError(f"plan: the published form: {found.message}")
-        q = np.zeros(problem.size)
-        q[used] = found.value
-        return judge.decision(q, choice)
-
     def _gradients(self, measured: Measured, fleet: Fleet) -> GradientNorms:
         """Return G_n and sigma_n as far as they are known, NaN where not."""
         unknown = np.full(fleet.size, np.nan)
@@ -337,36 +348,6 @@ class AdaptiveSampling:
         return GradientNorms(measured.gradient.value, unknown)
 
     # -- notes --------------------------------------------------------------------------------------------------------
-
-    def _solver_notes(
-        self, problem: JointProblem, answer: JointAnswer, decision: Decision, seen: Observation
-    ) -> dict[str, Any]:
-        solution = answer.solution
-        uniform = answer.candidates.get("uniform")
-        notes: dict[str, Any] = {
-            "sampling_round": seen.round,
-            "solver": {
-                "status": solution.status,
-                "objective": _finite(solution.objective),
-                "iterations": solution.iterations,
-                "branch": answer.branch,
-                "gap": _finite(answer.gap),
-            },
-            "expected_rounds": _finite(decision.rounds),  # None: by the bound the target is out of reach
-            "expected_round_s": decision.round_seconds,
-            "expected_total_s": _finite(decision.total_seconds),
-            "expected_cohort": float(decision.probability.sum()),
-            "candidates_s": {name: _finite(seconds) for name, seconds in answer.candidates.items()},
-            "round_model": {
-                "alpha": problem.model.alpha,
-                "beta": problem.model.beta,
-                "form": problem.model.form,
-                "from_pilot": self.constants.from_pilot,
-            },
-        }
-        if uniform is not None and np.isfinite(decision.total_seconds):
-            notes["gain_over_uniform"] = uniform / decision.total_seconds
-        return notes
 
     def _round_notes(self, tasks: tuple[ClientTask, ...], seen: Observation, work: LocalWork) -> dict[str, Any]:
         compute = [seen.costs.compute_seconds(task) for task in tasks]
@@ -424,10 +405,6 @@ def _gradient_norms(model: ServerModel, outcome: RoundOutcome) -> dict[int, floa
         steps = training.steps(int(outcome.fleet.num_examples[update.task.client]))
         norms[update.task.client] = (square * share) ** 0.5 / (steps * training.learning_rate)
     return norms
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _known_or_mean(values: Floats) -> Floats:

@@ -150,6 +150,13 @@ class Judge:
     problem: JointProblem
     scenarios: Scenarios | None
 
+    @property
+    def measure(self) -> str:
+        """Say what `Decision.round_seconds` is."""
+        if self.scenarios is None:
+            return "upper bound U2"
+        return "mean over every cohort" if self.scenarios.uniforms is None else "mean over drawn cohorts"
+
     @staticmethod
     def of(problem: JointProblem, scenarios: int | None = None, seed: int = 0) -> Judge:
         """Return a judge: every cohort of a tiny fleet, drawn cohorts, or, above 1,000 clients, the bound.

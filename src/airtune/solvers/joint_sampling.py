@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from airtune.solvers.joint_problem import EXACT_CLIENTS, Array, Decision, Ints, JointProblem, Judge
-from airtune.solvers.sampling_baselines import baseline_decisions
+from airtune.solvers.sampling_baselines import baseline_decisions, uniform_decision
 from airtune.solvers.sampling_polish import polish
 from airtune.solvers.sampling_probabilities import best_choices, best_ratio
 from airtune.solvers.sampling_time import empty_seconds, expected_slowest
@@ -50,6 +50,9 @@ class JointAnswer:
     branch : "additive", "deadline", "slowest", "polish", or the name of a baseline.
     lower_bound : s, no decision is faster. gap : objective / lower_bound - 1.
     candidates : branch -> expected seconds.
+    uniform : uniform sampling with the largest sizes and its best expected cohort size; None where it was not asked
+        for, or never reaches the target.
+    measure : which expected time of a round decisions are compared by, `Judge.measure`.
     """
 
     solution: Solution
@@ -57,6 +60,15 @@ class JointAnswer:
     branch: str
     lower_bound: float
     candidates: Mapping[str, float]
+    uniform: Decision | None = None
+    measure: str = ""
+
+    @property
+    def gain_over_uniform(self) -> float | None:
+        """Return seconds of uniform sampling over those of the decision, by the same measure of time; None: unknown."""
+        if self.uniform is None or self.decision is None or not np.isfinite(self.decision.total_seconds):
+            return None
+        return self.uniform.total_seconds / self.decision.total_seconds
 
     @property
     def gap(self) -> float:
@@ -77,8 +89,8 @@ def solve(
 
     Parameters
     ----------
-    baselines : whether uniform, weighted, statistical, full, q-only and k-only are candidates too; None: up to 1,000
-        clients.
+    baselines : whether uniform, weighted, statistical, full, q-only and k-only are candidates too; None: all of them
+        up to 1,000 clients, uniform alone above.
     polish_evaluations : budget of the descent on the mean time, in evaluations of E[T]; 0: none; None: 2,000, and none
         above 1,000 clients. Host time plays no role, so that equal problems have equal answers.
     scenarios : cohorts over which E[T] is taken, see `Judge.of`.
@@ -97,8 +109,13 @@ def solve(
         budget = POLISH_EVALUATIONS if problem.size <= EXACT_CLIENTS else 0
     if budget > 0:
         candidates["polish"] = polish(problem, judge, min(candidates.values(), key=_seconds), budget, seed + 1)
+    theirs: dict[str, Decision] = {}
     if baselines or (baselines is None and problem.size <= EXACT_CLIENTS):
-        candidates.update(baseline_decisions(problem, judge, dissimilarity))
+        theirs = baseline_decisions(problem, judge, dissimilarity)
+    elif baselines is None:
+        uniform = uniform_decision(problem, judge)
+        theirs = {} if uniform is None else {"uniform": uniform}
+    candidates.update(theirs)
     branch = min(candidates, key=lambda name: (candidates[name].total_seconds, list(candidates).index(name)))
     best = candidates[branch]
     bound = least_seconds(problem)
@@ -106,7 +123,7 @@ def solve(
     message = f"branch {branch}, lower bound {bound:.6g} s"
     solution = Solution(value, "feasible", best.total_seconds, len(candidates), message)
     worth = {name: found.total_seconds for name, found in candidates.items()}
-    return JointAnswer(solution, best, branch, bound, worth)
+    return JointAnswer(solution, best, branch, bound, worth, theirs.get("uniform"), judge.measure)
 
 
 def additive(problem: JointProblem, judge: Judge) -> Decision | None:

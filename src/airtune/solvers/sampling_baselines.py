@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from airtune.errors import InputError
+from airtune.errors import InputError, NoResultError
 from airtune.solvers.joint_problem import Array, Decision, Ints, JointProblem, Judge
 from airtune.solvers.sampling_probabilities import best_choices
 from airtune.solvers.solution import Solution, infeasible, name_clients
+from airtune.solvers.split_sampling import SplitChoices, best_split
 
 _GOLDEN = (5.0**0.5 - 1.0) / 2.0
 _BRACKET = 17
@@ -24,7 +25,8 @@ def baseline_decisions(problem: JointProblem, judge: Judge, dissimilarity: Array
 
     "full": q = 1; "uniform": equal q; "weighted": q in proportion to a_n; "statistical": to a_n G_n; all with the
     largest sizes, and with the expected cohort size that is best for them (the published ones fix it). "q-only": the
-    best q with the largest sizes; "k-only": equal q with the best sizes.
+    best q with the largest sizes among all of these and `best_probabilities_only`; "k-only": equal q with the best
+    sizes.
     """
     weight = problem.weight
     gradients = np.ones(problem.size) if dissimilarity is None else dissimilarity
@@ -32,11 +34,21 @@ def baseline_decisions(problem: JointProblem, judge: Judge, dissimilarity: Array
     sizes = largest_sizes(problem)
     ones = (weight > 0.0).astype(np.float64)
     found: dict[str, Decision | None] = {"full": judge.decision(ones, sizes)}
-    for name, shape in (("uniform", ones), ("weighted", weight), ("statistical", weight * gradients)):
+    found["uniform"] = uniform_decision(problem, judge)
+    for name, shape in (("weighted", weight), ("statistical", weight * gradients)):
         found[name] = scaled(judge, shape, sizes)
-    found["q-only"] = best_probabilities_only(largest, judge)
+    at_largest = [*found.values(), best_probabilities_only(largest, judge)]
+    found["q-only"] = min((one for one in at_largest if one is not None), key=lambda one: one.total_seconds)
     found["k-only"] = best_sizes_only(problem, judge)
     return {name: made for name, made in found.items() if made is not None and np.isfinite(made.total_seconds)}
+
+
+def uniform_decision(problem: JointProblem, judge: Judge) -> Decision | None:
+    """Return equal q with the largest sizes and the best expected cohort size: what gains are measured against.
+
+    None where no cohort size reaches the target.
+    """
+    return scaled(judge, (problem.weight > 0.0).astype(np.float64), largest_sizes(problem))
 
 
 def probabilities_of_shape(shape: Array, scale: float) -> Array:
@@ -122,6 +134,37 @@ def _smallest(problem: JointProblem) -> Ints:
 
 
 # --------------------------------------------------------------------------------------------------- the predecessor's
+
+
+def split_decision(problem: JointProblem, judge: Judge) -> Decision:
+    """Return q and sizes that are best for the split round count and additive time (`split_sampling`).
+
+    Raises NoResultError where its target is out of a client's reach, which it is before the unsplit one is.
+    """
+    used = problem.weight > 0.0
+    cost = np.where(problem.allowed, problem.compute + problem.upload / problem.bandwidth, np.inf)[used]
+    noise = problem.noise_weight[used]
+    split = SplitChoices.of(
+        problem.model, problem.weight[used], cost, problem.ratio, noise_weight=noise, constant=problem.fixed
+    )
+    found = best_split(split)
+    if not found.ok:
+        raise NoResultError(f"plan: the split form: {found.message}")
+    q, choice = np.zeros(problem.size), largest_sizes(problem)
+    q[used], choice[used] = found.value["probability"], found.value["choice"]
+    return judge.decision(q, choice)
+
+
+def published_decision(problem: JointProblem, judge: Judge) -> Decision:
+    """Return what `published_scan` gives with the largest sizes. Raises NoResultError where it has no answer."""
+    used, choice = problem.weight > 0.0, largest_sizes(problem)
+    upload, model = problem.times(choice).upload[used], problem.model
+    found = published_scan(problem.weight[used], upload, problem.bandwidth, model.alpha, model.beta)
+    if not found.ok:
+        raise NoResultError(f"plan: the published form: {found.message}")
+    q = np.zeros(problem.size)
+    q[used] = found.value
+    return judge.decision(q, choice)
 
 
 def published_scan(
