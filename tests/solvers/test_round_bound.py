@@ -7,7 +7,6 @@ from airtune.errors import InputError, NoResultError
 from airtune.solvers.pilot_fit import (
     GradientNorms,
     Pilot,
-    estimate_gradients,
     fit_pilots,
     noise_weights,
 )
@@ -190,23 +189,14 @@ def test_pilots_that_say_nothing_are_refused() -> None:
         fit_pilots(backwards, a)
 
 
-def test_gradient_norms_from_different_numbers_of_steps() -> None:
-    rng = np.random.default_rng(0)
-    gradient, sigma, size = np.array([1.0, 3.0, 2.0]), np.array([4.0, 1.0, 2.0]), 3
-    clients = np.repeat([0, 1, 2], 400)
-    steps = np.tile([1, 2, 4, 16], 300)
-    noise = rng.normal(size=(1200, 50)) * (sigma[clients] / (50 * steps) ** 0.5)[:, None]
-    direction = np.zeros(50)
-    direction[0] = 1.0
-    norms = np.linalg.norm(gradient[clients][:, None] * direction + noise, axis=1)
-    found = estimate_gradients(clients, steps, norms, size + 1)
-    np.testing.assert_allclose(found.noise[:3], sigma, rtol=0.15)
-    assert np.isnan(found.noise[3])
-    assert (found.dissimilarity[:3] >= gradient * 0.9).all()
-    once = estimate_gradients([0, 0], [5, 5], [1.0, 2.0], 1)
-    assert once.dissimilarity[0] == 2.0
-    assert np.isnan(once.noise[0])
-    weights = noise_weights(
-        GradientNorms(np.array([1.0, 2.0, np.nan]), np.array([0.0, 0.0, np.nan])), [0.5, 0.25, 0.25]
-    )
-    np.testing.assert_allclose(weights, [0.5, 2.0, 1.0])
+def test_noise_weights_keep_the_noise_of_uniform_sampling_and_so_the_constants() -> None:
+    a, known = np.array([0.5, 0.25, 0.25]), GradientNorms(np.array([1.0, 2.0, np.nan]), np.array([0.0, 0.0, np.nan]))
+    weights = noise_weights(known, a)
+    np.testing.assert_allclose(weights, [0.625, 2.5, 1.0])
+    assert weights @ a**2 == pytest.approx((a**2).sum())
+    assert noise_weights(GradientNorms(np.ones(2), np.array([2.0, 0.0])), [0.5, 0.5])[0] == pytest.approx(1.5)
+    pilots = pilots_of(RoundModel(37.0, 5.0, "V"), a, 1.0, SETTINGS)
+    equal, weighted = (fit_pilots(pilots, a, w).model() for w in (1.0, weights))
+    assert weighted.alpha == pytest.approx(equal.alpha)
+    assert weighted.beta == pytest.approx(equal.beta)
+    np.testing.assert_array_equal(noise_weights(GradientNorms(np.full(3, np.nan), np.full(3, np.nan)), a), np.ones(3))

@@ -147,42 +147,17 @@ class GradientNorms:
     noise: Array
 
 
-def estimate_gradients(clients: ArrayLike, steps: ArrayLike, norms: ArrayLike, size: int) -> GradientNorms:
-    """Estimate G_n and sigma_n from the norms of mean gradients over different numbers of local steps.
-
-    The mean of H stochastic gradients has ``E||.||^2 = ||grad f_n||^2 + sigma_n^2 / H`` (drift within the round left
-    out), so a line through squared norms over 1 / H gives both. With one number of steps only, sigma_n is unknown
-    (NaN) and the largest norm is taken as G_n.
-
-    Parameters
-    ----------
-    clients, steps, norms : [measurements]: who, H, and ``||change|| / (H learning rate)`` of plain SGD.
-    size : number of clients.
-    """
-    who = np.asarray(clients, dtype=np.int64)
-    inverse = 1.0 / finite_array("steps", steps, len(who), positive=True)
-    squared = finite_array("norms", norms, len(who)) ** 2
-    gradient, noise = np.full(size, np.nan), np.full(size, np.nan)
-    for client in np.unique(who).tolist():
-        x, y = inverse[who == client], squared[who == client]
-        gradient[client] = float(y.max()) ** 0.5
-        if float(np.ptp(x)) > 0.0:
-            slope = max(float(np.cov(x, y, bias=True)[0, 1] / x.var()), 0.0)
-            noise[client] = slope**0.5
-            gradient[client] = max(float((y - slope * x).max()), 0.0) ** 0.5
-    return GradientNorms(gradient, noise)
-
-
 def noise_weights(gradients: GradientNorms, weight: ArrayLike) -> Array:
-    """Return w_n, [clients], in proportion to sigma_n^2 / 2 + G_n^2, with mean 1 by data weight; unknown: the mean.
+    """Return w_n, [clients], in proportion to sigma_n^2 / 2 + G_n^2, with mean 1 by a_n^2; unknown: the mean.
 
     The bound has w_n = 1 + (sigma_n^2 + 2 G_n^2) / (2 eps); with eps far below the gradients only the ratio counts, and
-    the common factor goes into alpha and beta [choice].
+    the common factor goes into alpha and beta [choice]. With the mean taken by a_n^2 the noise of uniform sampling is
+    that of equal weights: constants from uniform pilots hold for both.
     """
     a = np.asarray(weight, dtype=np.float64)
     raw = 0.5 * np.nan_to_num(gradients.noise) ** 2 + gradients.dissimilarity**2
     known = np.isfinite(raw) & (a > 0.0)
-    mean = float((a * raw)[known].sum() / a[known].sum()) if known.any() else 0.0
+    mean = float((a**2 * raw)[known].sum() / (a**2)[known].sum()) if known.any() else 0.0
     if not mean > 0.0:
         return np.ones_like(a)
     return np.where(known, np.maximum(raw / mean, 1e-3), 1.0)
