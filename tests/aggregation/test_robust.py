@@ -276,9 +276,10 @@ def test_momentum_without_memory_at_rate_one_is_the_method_itself() -> None:
         assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_methods_that_change_the_basis_are_refused_under_a_server_optimizer() -> None:
-    with pytest.raises(InputError, match="basis"):
-        FedOpt(method=FlexLoRA())
+def test_methods_that_change_the_basis_are_refused_under_adaptive_steps() -> None:
+    for rule in ("adam", "yogi", "adagrad"):
+        with pytest.raises(InputError, match="basis"):
+            FedOpt(method=FlexLoRA(), rule=rule)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="basis"):
         FedOpt(method=Composed(aggregator=NormClipping(inner=Refactoring())))
     assert redraws(Stacking()) and not redraws(Mean())

@@ -320,6 +320,7 @@ def test_rules_on_products_refuse_sketches() -> None:
         ("ffa-lora", {"rows": "round"}, "method.rows"),
         ("fedsa-lora", {"shared": "C"}, "method.shared"),
         ("lora-fair", {"strength": 0.0}, "method.strength"),
+        ("lora-fair", {"correction_rate": 0.0}, "method.correction_rate"),
         ("flora", {"highest_rank": 4}, "method.highest_rank"),
     ],
 )

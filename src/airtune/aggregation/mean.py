@@ -144,6 +144,11 @@ class IndependentSampling:
         _check("weights", self.weights, ("examples", "uniform"))
 
     @property
+    def linear(self) -> bool:
+        """Return that one weighted sum is all it needs: a_n / q_n is known before anybody trains."""
+        return True
+
+    @property
     def refuses(self) -> Mapping[Trait, str]:
         """Return what this sum cannot take."""
         return {Trait.UNKNOWN_PROBABILITY: "a_n / q_n needs the probability with which a client was drawn"}

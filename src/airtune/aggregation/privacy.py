@@ -15,7 +15,7 @@ from typing import Any
 
 from airtune.aggregation.changes import change_of, consensus
 from airtune.aggregation.declaring import DeclaringAggregator, is_linear
-from airtune.aggregation.mean import Mean, in_client_order
+from airtune.aggregation.mean import IndependentSampling, Mean, in_client_order
 from airtune.aggregation.robust import SAME_SLICE, Wrapper, check_comparable, clip
 from airtune.capabilities import Trait
 from airtune.errors import InputError
@@ -52,6 +52,11 @@ class ClientPrivacy(Wrapper):
             value = float(getattr(self, name))
             if not (math.isfinite(value) and (value > 0 or (name == "noise_multiplier" and value == 0))):
                 raise InputError(f"method.{name}: {value:g} is not possible; valid: above 0")
+        if isinstance(self.inner, IndependentSampling):
+            raise InputError(
+                "method.inner: IndependentSampling weighs clients by a_n / q_n, and here all weigh the same; valid: "
+                "mean, with an independent sampler and expected_clients the expected size of its cohort"
+            )
         if not is_linear(self.inner):
             raise InputError(
                 f"method.inner: {type(self.inner).__name__} needs each client's factors, not one sum of them: noise "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -88,7 +89,7 @@ class RidgeCorrection:
     correction : "closed-form": S is the squared Frobenius distance [choice], a ridge regression, no dense update.
         "published": S is one minus the cosine of each column, gradient descent from D = 0 (the code of others starts
         from random values, which leaves noise in B); it forms the dense update.
-    iterations, learning_rate : of the published correction.
+    iterations, correction_rate : steps and step size of the published correction.
 
     Clients with fewer components are padded with zeros, in the average and in the products.
     """
@@ -97,17 +98,15 @@ class RidgeCorrection:
     strength: float = 0.01
     correction: Correction = "closed-form"
     iterations: int = 1000
-    learning_rate: float = 0.01
+    correction_rate: float = 0.01
 
     def __post_init__(self) -> None:
         """Check names and numbers."""
         if self.correction not in ("closed-form", "published"):
             raise unknown_name("method.correction", self.correction, ("closed-form", "published"))
-        if not self.strength > 0 or not self.learning_rate > 0 or self.iterations < 1:
-            raise InputError(
-                f"method.strength, method.iterations, method.learning_rate: {self.strength:g}, {self.iterations}, "
-                f"{self.learning_rate:g} are not possible; valid: all above 0"
-            )
+        for name in ("strength", "iterations", "correction_rate"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise InputError(f"method.{name}: {getattr(self, name):g} is not possible; valid: above 0")
 
     @property
     def weakens_products(self) -> bool:
@@ -139,7 +138,7 @@ class RidgeCorrection:
         """Return D of one slot, [out_features, rank]."""
         double = mean.cast(_double())
         if self.correction == "published":
-            return published_correction(part, double, self.strength, self.iterations, self.learning_rate)
+            return published_correction(part, double, self.strength, self.iterations, self.correction_rate)
         exact = replace(part, parts=tuple(p.cast(_double()) for p in part.parts))
         return ridge_correction(residual_of(exact, double), double.A, self.strength, double.scaling)
 

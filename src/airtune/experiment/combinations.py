@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from airtune.aggregation.declaring import exchange_of
+from airtune.aggregation.declaring import exchange_of, redraws
 from airtune.aggregation.groups import GroupMean
 from airtune.aggregation.mean import IndependentSampling, Mean
 from airtune.aggregation.one_factor import MergeAndRedraw
+from airtune.aggregation.privacy import ClientPrivacy
 from airtune.aggregation.residual import ResidualMerge
+from airtune.aggregation.robust import CoordinateMedian, TrimmedMean
 from airtune.aggregation.stacking import EnergyThreshold, Stacking
 from airtune.aggregation.truncation import PrincipalSplit, Truncation
 from airtune.errors import InputError
 from airtune.lora import BOTH, Factor
+from airtune.methods.fedopt import FedOpt
 from airtune.optimizers import SGD, AdamW, GaLore, LoraPlus, LoraRite, as_optimizer
 from airtune.training.shapes import ModelConfig
 
@@ -34,14 +38,16 @@ def check_combination(model: ModelConfig, method: Any, name: str) -> None:
         adapters, whose product means nothing, where anything but averages of factors is made; MoLE, whose gates a merge
         would lose, where anything is merged into the base; and a method made for one kind of adapter with another.
     """
+    pushed = False  # by an optimizer of the server, which merges what it adds
     while hasattr(method, "method"):  # a wrapper
+        pushed |= isinstance(method, FedOpt) and redraws(method.method)
         method = method.method
     trained = trained_factors(method)
     if model.adapter == "bottleneck":
         _check_averages(method, name)
     if model.adapter == "beam-lora":
         _check_products(method, name)
-    _check_mixture(model, method, name)
+    _check_mixture(model, method, name, pushed)
     optimizer = getattr(getattr(method, "training", None), "optimizer", None)
     if model.adapter == "dora" and trained is not None and not any("B" in factors for factors in trained):
         raise InputError(
@@ -68,7 +74,7 @@ def check_combination(model: ModelConfig, method: Any, name: str) -> None:
 
 def _draws_orthonormal(method: Any) -> bool:
     """Return whether the factor that is not trained is orthonormal: as it is drawn first, or for every round."""
-    aggregator = getattr(getattr(method, "composed", method), "aggregator", None)
+    aggregator = _innermost(method)
     drawn = getattr(aggregator, "start", None) or getattr(aggregator, "redraw", None)
     return getattr(drawn, "law", None) == "orthonormal"
 
@@ -79,9 +85,8 @@ _PLAIN_OPTIMIZERS = (AdamW, SGD, LoraPlus)
 
 def _check_averages(method: Any, name: str) -> None:
     """Refuse what works on the product B A, between which a bottleneck has its ReLUs."""
-    aggregator = getattr(getattr(method, "composed", method), "aggregator", None)
     resizes = getattr(method, "variant", None) == "C" and getattr(method, "shrink", None) == "svd"
-    if not isinstance(aggregator, _AVERAGES) or resizes:
+    if not isinstance(_innermost(method), _AVERAGES) or resizes:
         raise InputError(
             f"model.adapter: bottleneck adapters have no product B A, with which {name} works; valid: a method that "
             "averages factors (fedadapter, fedit, fedra, hierfedlora, legend but for variant C with svd)"
@@ -93,20 +98,30 @@ def _check_averages(method: Any, name: str) -> None:
         )
 
 
+def _rules(method: Any) -> Iterator[Any]:
+    """Yield a method's aggregator, and those that it wraps."""
+    rule = getattr(getattr(method, "composed", method), "aggregator", None)
+    while rule is not None:
+        yield rule
+        rule = getattr(rule, "inner", None)
+
+
+def _innermost(method: Any) -> Any:
+    """Return the aggregator inside all wrappers, None if the method has none."""
+    return next(iter(reversed(list(_rules(method)))), None)
+
+
+_BY_VALUE = (TrimmedMean, CoordinateMedian, ClientPrivacy)
 _MERGES = (Stacking, EnergyThreshold, PrincipalSplit, ResidualMerge, MergeAndRedraw)
 
 
-def _check_mixture(model: ModelConfig, method: Any, name: str) -> None:
+def _check_mixture(model: ModelConfig, method: Any, name: str, pushed: bool) -> None:
     """Refuse MoLE where something is merged into the base, and a method that is made for it with anything else."""
-    if model.adapter == "mole":
-        aggregator = getattr(getattr(method, "composed", method), "aggregator", None)
-        while hasattr(aggregator, "inner"):  # a wrapper
-            aggregator = getattr(aggregator, "inner")  # noqa: B009  (any aggregator may be inside)
-        if isinstance(aggregator, _MERGES):
-            raise InputError(
-                f"model.adapter: mole weighs its experts by the text, and {name} merges them into the base, which has "
-                "no gates; valid: mole, or another method that keeps what it averages in the adapter (fedit, flexlora)"
-            )
+    if model.adapter == "mole" and (pushed or isinstance(_innermost(method), _MERGES)):
+        raise InputError(
+            f"model.adapter: mole weighs its experts by the text, and {name} merges them into the base, which has "
+            "no gates; valid: mole, or another method that keeps what it averages in the adapter (fedit, flexlora)"
+        )
     needed = getattr(type(method), "only_adapter", model.adapter)
     if model.adapter != needed:
         raise InputError(f"model.adapter: {name} does not go with {model.adapter}; valid: {needed}")
@@ -116,9 +131,10 @@ _PRODUCTS = (Stacking, EnergyThreshold, Truncation, PrincipalSplit, ResidualMerg
 
 
 def _check_products(method: Any, name: str) -> None:
-    """Refuse methods that average components which no longer correspond."""
-    aggregator = getattr(getattr(method, "composed", method), "aggregator", None)
-    if not isinstance(aggregator, _PRODUCTS):
+    """Refuse methods that average, or compare, components which no longer correspond."""
+    rules = list(_rules(method))
+    by_value = any(isinstance(rule, _BY_VALUE) for rule in rules)
+    if by_value or not isinstance(_innermost(method), _PRODUCTS):
         raise InputError(
             "model.adapter: beam-lora copies components during local training, so that they do not correspond from "
             f"client to client, and {name} averages factors; valid: a method that aggregates products (flora, "

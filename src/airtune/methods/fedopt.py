@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from airtune.aggregation.declaring import redraws, reshaped, weakens_products
+from airtune.aggregation.product_momentum import step_on_products
 from airtune.aggregation.server_optimizer import Moment, Rule, ServerStep
 from airtune.errors import InputError
 from airtune.federation import prepared
@@ -41,9 +42,11 @@ class FedOpt:
     v_{-1}                 tau^2
     =====================  ==================================================================
 
-    Departures. The pseudo-gradient is that of A, B, cores and head, each tensor on its own. Methods that draw their
-    adapter anew or take its basis from an SVD have no such gradient and are refused; what a method merges into the base
-    is merged as it is.
+    Departures. The pseudo-gradient is that of A, B, cores and head, each tensor on its own; what such a method merges
+    into the base (FedEx-LoRA) is merged as it is. Methods that draw their adapter anew or take its basis from an SVD
+    have no such gradient: "momentum" follows the change of their products, and merges what it adds into the base
+    (`airtune.aggregation.product_momentum`); the other rules divide by the square root of a mean square of single
+    values, which a factored product does not have, and are refused.
 
     Parameters
     ----------
@@ -72,10 +75,10 @@ class FedOpt:
     def __post_init__(self) -> None:
         """Check the optimizer's fields, and that the wrapped method keeps its coordinates."""
         _ = self.step
-        if redraws(self.method):
+        if redraws(self.method) and self.rule != "momentum":
             raise InputError(
-                f"method.method: {type(self.method).__name__} changes the adapter's basis every round, so that its "
-                f"change is no gradient; valid: methods whose adapter goes on"
+                f"method.rule: {type(self.method).__name__} changes the adapter's basis every round, so that single "
+                f"values have no gradient for {self.rule}; valid: momentum, or a method whose adapter goes on"
             )
 
     @property
@@ -115,5 +118,8 @@ class FedOpt:
         after, inner = self.method.aggregate(state.inner, model, outcome)
         if after.version == model.version:
             return after, replace(state, inner=inner)
+        if redraws(self.method):
+            after, moment = step_on_products(self.step, model, after, state.moment)
+            return after, Both(inner, moment)
         adapter, moment = self.step(model.adapter, after.adapter, state.moment)
         return replace(after, adapter=adapter), Both(inner, moment)
