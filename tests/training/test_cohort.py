@@ -21,7 +21,7 @@ from airtune.training.cohort.trainer import CohortTrainer
 from airtune.training.local import LocalTrainer
 from airtune.types import LocalTraining, OrthogonalityPenalty, ProximalPenalty, SamplePrivacy, ServerModel, TailPenalty
 from cohort_jobs import CLIENTS, SLICES, copies, job, moved, slices, with_cores, worst_distance
-from tiny_networks import federated, random_adapter, tokens
+from tiny_networks import federated, random_adapter, rows, tokens
 
 FAMILIES = (
     ("bert", "sequence-classification"),
@@ -29,6 +29,7 @@ FAMILIES = (
     ("mpnet", "sequence-classification"),
     ("gpt2", "sequence-classification"),
     ("llama", "causal-lm"),
+    ("vit", "image-classification"),
 )
 OPTIMIZERS = ("adamw", "sgd", "lora-plus", "lora-rite", "lora-pro")
 EXACT = 1e-9  # relative, in double precision: rounding grows through Adam's quotients
@@ -39,7 +40,7 @@ class Pair:
 
     def __init__(self, family: str, task: str, precision: str = "fp64", **fields: Any) -> None:
         self.model = federated(family, task, precision=precision, **fields)
-        self.tokens = tokens(task=task)
+        self.tokens = rows(task)
         self.server = ServerModel(random_adapter(self.model, 4))
         self.twin = LocalTrainer(self.model, self.tokens, CLIENTS, 7)
         self.cohort = CohortTrainer(self.model, self.tokens, CLIENTS, 7)

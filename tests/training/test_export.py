@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from airtune.lora import Adapter, DenseUpdate, LoraFactors, merge
 from airtune.training.export import export_adapter, module_factors
 from airtune.types import ServerModel
-from tiny_networks import LAYERS, federated, network, random_adapter, tokens
+from tiny_networks import LAYERS, federated, network, random_adapter, rows
 
 # PEFT asks transformers for a property that transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -25,20 +25,20 @@ CASES = [
     ("gpt2", "sequence-classification"),
     ("llama", "causal-lm"),
     ("gpt2", "causal-lm"),
+    ("vit", "image-classification"),
 ]
 
 
 def logits_of_both(model, server, folder, family, task):
     """Return the federation's logits and those of PEFT on a base that airtune never touched."""
-    arrays = tokens(6, task).batch(range(6))
-    ids, mask = torch.from_numpy(arrays["input_ids"]), torch.from_numpy(arrays["attention_mask"])
+    batch = {name: torch.from_numpy(values) for name, values in rows(task, 6).batch(range(6)).items()}
     base = network(family, task)
     base.config.pad_token_id = model.pad_token_id
+    arguments = model.inputs.arguments(batch)
     opened = peft.PeftModel.from_pretrained(base, str(folder)).eval()
-    ids = ids.masked_fill(mask == 0, model.pad_token_id)
     model.show(server)
     with torch.no_grad():
-        return model.logits(ids, mask), opened(input_ids=ids, attention_mask=mask).logits
+        return model.output(batch), opened(**arguments).logits
 
 
 def merged_updates(model, adapter):

@@ -112,7 +112,7 @@ class ImageReader:
         parts: list[NDArray[np.float32]] = []
         for start in range(0, len(rows), _CHUNK):
             images = cast("list[Any]", rows[start : start + _CHUNK]["pixels"])
-            parts.append(self._pixels([shape.three_axes(image, start + i) for i, image in enumerate(images)], start))
+            parts.append(self._pixels([shape.three_axes(image) for image in images]))
         empty = np.empty((0, shape.channels, shape.size, shape.size), np.float32)
         return ImageData(
             pixels=np.concatenate([empty, *parts]),
@@ -127,16 +127,15 @@ class ImageReader:
         names = tuple(fields["label_names"])
         return ImageData(arrays["pixels"], arrays["labels"], fields["num_labels"], names, fields["places"])
 
-    def _pixels(self, images: Sequence[NDArray[Any]], first: int) -> NDArray[np.float32]:
+    def _pixels(self, images: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
         """Return images [height, width, channels] through the processor, [images, channels, height, width]."""
         size = self._shape.size
-        sizes = sorted({image.shape[:2] for image in images})
-        if not self._processor.do_resize and sizes != [(size, size)]:
-            wrong = next(found for found in sizes if found != (size, size))
-            row = next(i for i, image in enumerate(images) if image.shape[:2] == wrong)
+        wrong = {image.shape[:2] for image in images} - {(size, size)}
+        if wrong and not self._processor.do_resize:
+            height, width = min(wrong)
             raise InputError(
-                f"data.image_column: the image of row {first + row + 1} has {wrong[0]} x {wrong[1]} pixels, the model "
-                f"takes {size} x {size}; valid: images of that size, or do_resize in the model's {PROCESSOR_FILE}"
+                f"data.image_column: an image has {height} x {width} pixels, the model takes {size} x {size}; valid: "
+                f"images of that size, or do_resize in the model's {PROCESSOR_FILE}"
             )
         options = {"return_tensors": "np", "input_data_format": "channels_last"}
         return self._processor(list(images), **options)["pixel_values"].astype(np.float32)
@@ -159,7 +158,7 @@ class ImageShape:
         places = TransformerShape.from_config(config_json).positions
         return cls(int(config_json.get("num_channels", 3)), int(config_json.get("image_size", 224)), places)
 
-    def three_axes(self, image: Any, row: int) -> NDArray[Any]:
+    def three_axes(self, image: Any) -> NDArray[Any]:
         """Return an image as [height, width, channels]; a grey one is repeated where the network takes colours."""
         found = np.asarray(image)
         found = found[:, :, None] if found.ndim == 2 else found
@@ -167,8 +166,8 @@ class ImageShape:
             found = np.repeat(found, self.channels, axis=2)
         if found.shape[-1] != self.channels:
             raise InputError(
-                f"data.image_column: the image of row {row + 1} has {found.shape[-1]} channels; valid: "
-                f"{self.channels}, as the model takes, or grey"
+                f"data.image_column: an image has {found.shape[-1]} channels; valid: {self.channels}, as the model "
+                "takes, or grey"
             )
         bytes_fit = found.dtype.kind in "ui" and 0 <= found.min() and found.max() <= 255
         return found.astype(np.uint8 if bytes_fit else np.float32)
