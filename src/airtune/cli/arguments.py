@@ -125,7 +125,8 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"airtune {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_run, _compare, _plan, _evaluate, _fetch, _methods, _cite, _report, _calibrate, _device, _deploy):
+    results = (_run, _compare, _plan, _evaluate, _merge, _report)
+    for add in (*results, _fetch, _methods, _cite, _calibrate, _device, _deploy):
         add(commands)
     return parser
 
@@ -187,6 +188,12 @@ def _evaluate(commands: Any) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--data", metavar="FILE", help="other test rows: .csv, .jsonl or .parquet")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _merge(commands: Any) -> None:
+    parser = _add(commands, "merge", "merging.merge", "write a run's model as ordinary weights, its adapter merged in")
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("--out", metavar="DIR", help="a new folder, for transformers' from_pretrained")
 
 
 def _fetch(commands: Any) -> None:

@@ -230,7 +230,9 @@ def _export(bench: Bench, progress: Progress, store: RunStore) -> Plain:
     with disk_errors(store.adapter):
         export_adapter(bench.federated, progress.model, store.adapter)
     kind = export_kind(bench.federated)
-    export: Plain = {"kind": kind, "path": ADAPTER_FOLDER, "base_model": bench.experiment.model.name}
+    labels = [] if bench.experiment.model.task == "causal-lm" else list(bench.tokens.train.label_names)
+    base = bench.experiment.model.name
+    export: Plain = {"kind": kind, "path": ADAPTER_FOLDER, "base_model": base, "labels": labels}
     if (stored := bench.experiment.model.base_weights) != "full":
         export["base_weights"] = stored  # opened on full weights it computes something slightly different
     own = {client: memory for client, memory in sorted(progress.pending.memory.items()) if has_own(memory)}

@@ -35,13 +35,24 @@ def load_model(
     InputError : the model is not there, not of a known family, its file lacks weights other than the head's, or
         precision or device are not available.
     """
+    checked_precision(precision, checked_device(device))
+    network, fresh = load_network(config, num_labels)
+    return FederatedModel(network, config, num_labels=num_labels, precision=precision, device=device, fresh=fresh)
+
+
+def load_network(config: ModelConfig, num_labels: int | None) -> tuple[Any, frozenset[str]]:
+    """Return a base model as transformers loads it, in single precision, and the names of its head's new parameters.
+
+    Raises
+    ------
+    InputError : as `load_model`.
+    """
     import transformers
 
     where = resolve_model(config.name)
-    checked_precision(precision, checked_device(device))
     kind: Any = getattr(transformers, _CLASSES[config.task])
     try:
-        with _quiet(transformers), torch.random.fork_rng(devices=[]):
+        with quiet(), torch.random.fork_rng(devices=[]):
             settings: Any = transformers.AutoConfig.from_pretrained(where)
             if config.task != "causal-lm":
                 settings.num_labels = num_labels
@@ -55,13 +66,15 @@ def load_model(
     fresh = frozenset(info["missing_keys"]) | {str(entry[0]) for entry in info["mismatched_keys"]}
     if lacking := sorted(fresh - set(shape.extras)):
         raise InputError(f"model.name: the weights of {config.name!r} lack {', '.join(lacking[:5])}")
-    return FederatedModel(network, config, num_labels=num_labels, precision=precision, device=device, fresh=fresh)
+    return network, fresh
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Generator[None]:
-    """Silence the loading report and progress bar of transformers for a moment."""
-    log = transformers.utils.logging
+def quiet() -> Generator[None]:
+    """Silence the reports and progress bars of transformers for a moment."""
+    import transformers
+
+    log: Any = transformers.utils.logging
     verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
