@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from airtune.aggregation.mean import Weights, client_weights, in_client_order
+from airtune.compression.drop_error import DROP_KEYS
 from airtune.lora import Adapter, LoraFactors, stack
 from airtune.types import ClientUpdate, Floats, RoundOutcome, ServerModel
 
@@ -64,7 +65,8 @@ def factor_diagnostics(outcome: RoundOutcome, weights: Weights = "examples") -> 
     ``covariance_norm`` : root of the sum of ``||C||_F^2`` over slots. ``covariance_share`` : its square over the
     weighted mean of the squared norms of the clients' products. ``coherence_a``, ``coherence_b`` : mean over
     clients and slots of the largest |cosine| among rows of A and among columns of B. ``importance_ratio`` : mean of
-    the largest over the smallest ``||b_i|| ||a_i||`` where that is finite.
+    the largest over the smallest ``||b_i|| ||a_i||`` where that is finite. ``drop_error``, ``drop_error_predicted``,
+    ``drop_error_bound`` : weighted mean of what the clients reported (`airtune.compression.drop_error`), if they did.
 
     Only slots of which every update holds the same components are compared.
     """
@@ -72,9 +74,10 @@ def factor_diagnostics(outcome: RoundOutcome, weights: Weights = "examples") -> 
     if not updates:
         return {}
     factors = client_weights(updates, outcome, weights)
+    dropped = _reported(updates, factors)
     slots = [name for name in updates[0].values.factors if _comparable(name, updates)]
     if not slots:
-        return {}
+        return dropped
     parts = {name: [update.values.factors[name] for update in updates] for name in slots}
     covariance = sum(covariance_norm(parts[name], factors) ** 2 for name in slots)
     total = sum(factors)
@@ -89,7 +92,15 @@ def factor_diagnostics(outcome: RoundOutcome, weights: Weights = "examples") -> 
     }
     ratios = [_ratio(f) for name in slots for f in parts[name]]
     finite = [ratio for ratio in ratios if np.isfinite(ratio)]
-    return found | ({"importance_ratio": float(np.mean(finite))} if finite else {})
+    return found | ({"importance_ratio": float(np.mean(finite))} if finite else {}) | dropped
+
+
+def _reported(updates: Sequence[ClientUpdate], weights: Sequence[float]) -> dict[str, float]:
+    """Return the weighted means of the clients' drop errors; nothing unless all have measured them."""
+    if any(key not in update.reports for update in updates for key in DROP_KEYS):
+        return {}
+    p = np.array(weights) / sum(weights)
+    return {key: float(p @ [update.reports[key] for update in updates]) for key in DROP_KEYS}
 
 
 def tail_energies(adapter: Adapter, rank: int) -> Floats:

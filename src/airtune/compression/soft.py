@@ -74,6 +74,11 @@ class Soft:
         if self.scope not in ("slot", "pooled"):
             raise unknown_name("compressor.scope", self.scope, ("slot", "pooled"))
 
+    @property
+    def drops_components(self) -> bool:
+        """Return True: what is dropped, and what the norms say of it, is measured (`drop_reports`)."""
+        return True
+
     def bits(self, send: AdapterSlice, shape: AdapterShape) -> int:
         """Return the bits of the payload; exact but for "pooled" with slots of several sizes, where it is a bound."""
         return self._coder(send, shape).size_bits(send, shape)

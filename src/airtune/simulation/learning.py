@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from airtune.compression.drop_error import drop_reports
 from airtune.lora import own_tensors, with_own
 from airtune.simulation.costs import CostModel
 from airtune.simulation.flights import Flight
@@ -99,22 +100,27 @@ class Learning:
         """Return the decoded upload and the client's new memory; what it trained and does not send stays there."""
         task = flight.task
         local = task.train.put(base.adapter, trained.values)
-        start = task.send.take(base.adapter)
+        start, sent = task.send.take(base.adapter), task.send.take(local)
         rng = stream(self.seed, "compressor", job.round, task.client, job.cycle)
-        payload, memory = task.compressor.encode(task.send, task.send.take(local), start, job.memory, rng)
+        payload, memory = task.compressor.encode(task.send, sent, start, job.memory, rng)
         bound = task.compressor.bits(task.send, base.adapter.shape)
         if payload.bits > bound:
             raise AssertionError(f"client {task.client}: the payload has {payload.bits} bits, its bound is {bound}")
         saved = bound - payload.bits
         cost = replace(flight.cost, uplink_bits=flight.cost.uplink_bits - saved)
+        values = task.compressor.decode(task.send, payload, start)
         update = ClientUpdate(
             task=task,
-            values=task.compressor.decode(task.send, payload, start),
+            values=values,
             model_version=flight.model_version,
             started_at=flight.started_at,
             arrival_time=flight.arrival_time,
             cost=cost,
-            reports={**trained.reports, **self._measured(flight)},
+            reports={
+                **trained.reports,
+                **self._measured(flight),
+                **drop_reports(task.compressor, sent, values),
+            },
         )
         return update, {**memory, **own_tensors(task.train, task.send, trained.values)}
 
