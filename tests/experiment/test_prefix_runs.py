@@ -42,6 +42,25 @@ def test_clock_and_learning_are_those_of_a_run_without_it(file: Path, tmp_path: 
         assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
 
 
+def test_legend_d2_with_stored_prefixes_is_the_run_without(tmp_path: Path) -> None:
+    """Depths and ranks of LEGEND, nothing below the depth: the same decisions, clock and learning."""
+    tiny = write_experiment(tmp_path / "tiny")
+    d2 = '[variant.d2]\nmethod = "legend"\noutside = "absent"\n'
+    tiny.write_text(tiny.read_text().replace("[stop]", f"{d2}\n[stop]"))
+    workshop, found = Workshop(), []
+    for name, changes in (("plain", {}), ("cached", {"training.prefix_cache": "10 MB"})):
+        made = read_file(tiny, {"stop.rounds": "4", **changes}).experiment("d2")
+        start(made, tmp_path / name, Session(workshop))
+        found.append(lines_of(tmp_path / name))
+    prefix = next(iter(workshop.models.values())).prefix
+    assert prefix is not None and prefix.hits > 0
+    same = ("time_s", "uplink_bits", "downlink_bits", "energy_j", "cohort")
+    for one, other in zip(*found, strict=True):
+        assert {key: one[key] for key in same} == {key: other[key] for key in same}
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
+    assert found[0][-1]["loss"] != found[0][0]["loss"]
+
+
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(file: Path, tmp_path: Path) -> None:
     whole = run(file, tmp_path / "whole", prefix_cache="20 kB")
     run(file, tmp_path / "parts", 2, prefix_cache="20 kB")

@@ -140,6 +140,23 @@ def test_what_changes_the_prefix_is_seen():
     assert model.prefix.computed == 0
 
 
+def test_a_changed_prefix_is_logged_once_and_an_unchanged_one_is_not(caplog):
+    """D1 after somebody has trained the layers below: all layers run, and the log says why."""
+    model = cached()
+    changed = ServerModel(random_adapter(model))
+    with caplog.at_level(logging.WARNING):
+        for server, train in ((tops_only(model), top(model, "frozen")), (changed, top(model, "absent"))):
+            model.activate(server, train)
+        model.activate(changed, AdapterSlice.everything(model.shape))
+        assert not caplog.records
+        for _ in range(2):
+            model.activate(changed, top(model, "frozen"))
+    assert [r.message for r in caplog.records if "have changed from layer 0 on" in r.message] == [
+        r.message for r in caplog.records
+    ]
+    assert len(caplog.records) == 1
+
+
 def test_states_serve_other_clients_rounds_and_evaluations():
     model = cached()
     server = tops_only(model)

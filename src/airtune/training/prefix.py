@@ -56,17 +56,28 @@ class FrozenPrefix:
         self._places = {layer.name: layer.layer for layer in linear_layers(config_json)}
         self._states: dict[tuple[int, bytes], Tensor] = {}
         self._tuples = False  # whether layers return tuples
+        self._told = False  # whether a changed prefix has been logged
 
     def look(self, touched: Collection[str], frozen: Adapter, merged: Mapping[str, LoraFactors]) -> None:
         """Find `depth` for an adapter that has just been put onto the base.
 
         touched : modules with something that is trained. frozen, merged : what else is there; a zero does not act.
         """
-        acting = {self._places[module] for module in touched}
+        trained = {self._places[module] for module in touched}
+        acting = set(trained)
         for module, slots in frozen.placement.items():
             acting |= {self._places[module]} if _act([frozen.factors[slot] for slot in slots]) else set()
         acting |= {self._places[module] for module, factors in merged.items() if _act([factors])}
         self.depth = min(acting, default=len(self._layers))
+        if trained and self.depth < min(trained) and not self._told:
+            self._told = True
+            _LOG.warning(
+                "training.prefix_cache: layers below the lowest trained one (%d) have changed from layer %d on; only "
+                "states of the %d layers below that are stored (legend: outside = absent keeps them all)",
+                min(trained),
+                self.depth,
+                self.depth,
+            )
 
     @contextmanager
     def skipping(self, forward: Forward, inputs: NetworkInputs, arguments: Arguments) -> Generator[None]:
