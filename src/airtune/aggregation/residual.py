@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from airtune.aggregation.algebra import mean_residual, ridge_correction
 from airtune.aggregation.contributions import Contributions, contributions
@@ -15,8 +18,8 @@ from airtune.aggregation.stacking import SKETCH_REASON
 from airtune.aggregation.staleness import arrived, moved_factors
 from airtune.capabilities import Trait
 from airtune.errors import InputError, unknown_name
-from airtune.lora import Adapter, LoraFactors, is_half, stack
-from airtune.types import RoundOutcome, ServerModel
+from airtune.lora import Adapter, Indices, LoraFactors, is_half, stack
+from airtune.types import ClientUpdate, RoundOutcome, ServerModel
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +39,9 @@ class ResidualMerge:
     ----------
     weights : p_k, "examples" or "uniform".
     absent : what a client without a component counts as, in the average and in the products. Unequal ranks are exact
-        too [choice; the paper has equal ranks]: the residual is then of rank sum_k r_k + r.
+        too [choice; the paper has equal ranks]: components that not every client of the round has received are merged
+        whole and start again with B zero, so that all start the next round from the same model. Kept, they would leave
+        whoever lacks them with a base that makes up for an average which is not there, more so every round.
     rank : None: the whole residual; else its best approximation of this rank (the paper's inexact variant).
     """
 
@@ -66,7 +71,10 @@ class ResidualMerge:
             return model
         adapter = _mean(model, outcome, self.weights, self.absent)
         found = contributions(model, updates, outcome, self.weights, self.absent)
-        additions = {slot: residual_of(part, adapter.factors[slot]) for slot, part in found.items()}
+        common = {slot: _common(slot, outcome.updates) for slot in found}
+        additions = {slot: _residual(part, adapter.factors[slot], common[slot]) for slot, part in found.items()}
+        restarted = {slot: _restarted(adapter.factors[slot], kept) for slot, kept in common.items()}
+        adapter = adapter.with_factors({**adapter.factors, **restarted})
         if self.rank is not None:
             additions = {slot: part.truncate(self.rank) for slot, part in additions.items()}
         additions = {slot: part for slot, part in additions.items() if part.rank > 0}
@@ -141,6 +149,29 @@ class RidgeCorrection:
             return published_correction(part, double, self.strength, self.iterations, self.correction_rate)
         exact = replace(part, parts=tuple(p.cast(_double()) for p in part.parts))
         return ridge_correction(residual_of(exact, double), double.A, self.strength, double.scaling)
+
+
+def _common(slot: str, updates: Sequence[ClientUpdate]) -> Indices:
+    """Return the components of a slot that every client has received."""
+    received = [update.task.receive.components.get(slot, np.empty(0, dtype=np.int64)) for update in updates]
+    return reduce(np.intersect1d, received)
+
+
+def _residual(part: Contributions, mean: LoraFactors, common: Indices) -> LoraFactors:
+    """Return the mean of the products less what the common components of the mean keep."""
+    if len(common) == mean.rank:
+        return residual_of(part, mean)
+    kept = [mean.select(common)] if len(common) else []
+    return stack([*part.parts, *kept], [*part.weights, *([-1.0] * len(kept))])
+
+
+def _restarted(mean: LoraFactors, common: Indices) -> LoraFactors:
+    """Return the mean with B zero outside the common components."""
+    if len(common) == mean.rank:
+        return mean
+    columns = np.zeros(mean.rank, dtype=bool)
+    columns[common] = True
+    return replace(mean, B=mean.B * mean.B.new_tensor(columns.tolist()))
 
 
 def residual_of(part: Contributions, mean: LoraFactors) -> LoraFactors:
