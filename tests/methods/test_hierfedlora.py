@@ -209,6 +209,8 @@ def test_without_labels_groups_are_of_like_speed() -> None:
     world = SyntheticWorld(make_fleet(8, memory=1e9))
     _, plan = planned(METHOD, world)
     assert all(np.ptp([task.client for task in group.tasks]) <= 3 for group in plan.groups)
+    assert plan.notes["grouped_by"] == "speed"
+    assert planned(METHOD, WORLD)[1].notes["grouped_by"] == "labels and speed"
 
 
 def test_bad_fields_name_themselves() -> None:

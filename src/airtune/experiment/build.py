@@ -36,6 +36,7 @@ from airtune.training.model import FederatedModel
 from airtune.training.partition import Indices, label_counts
 from airtune.training.shapes import LINEAR_BYTES, ModelConfig
 from airtune.training.token_store import token_splits
+from airtune.training.topics import with_topics
 from airtune.types import ServerModel, Trainer
 
 WORKER_GROUP = 8  # clients that a Ray worker trains together, where nothing is said [our choice]
@@ -70,7 +71,8 @@ class Workshop:
         key = (data, model.name, model.task)
         if key not in self.rows:
             splits = token_splits(data, model.name, task=model.task)
-            self.rows[key] = Tokens(splits["train"], splits["test"], splits.get("validation"))
+            train = with_topics(splits["train"], data.topics, data.split_seed)
+            self.rows[key] = Tokens(train, splits["test"], splits.get("validation"))
         return self.rows[key]
 
     def model(self, config: ModelConfig, engine: Engine, num_labels: int | None) -> FederatedModel:

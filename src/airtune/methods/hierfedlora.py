@@ -104,7 +104,8 @@ class HierFedLoRA:
     optimizer this is nearly the share of the layer's parameters); the first round trains at full depth for it, later
     ones refresh it whenever a group trains at full depth, which the layer guard makes happen. The server is the inner
     aggregator and all traffic counts, so the global exchange takes no time of its own. Groups also change when an
-    able client has none. Without label counts (causal language modelling) groups are made by speed alone.
+    able client has none. Without label counts (causal language modelling without `data.topics`, which is not on by
+    default) groups are made by speed alone, and the plan says so.
 
     Parameters
     ----------
@@ -252,6 +253,7 @@ class HierFedLoRA:
         tasks = self._tasks(cohort, present, choice, seen, work, drawn.probability)
         notes |= {
             "regrouped": regrouped,
+            "grouped_by": self._grouped_by(seen),
             "deadline_s": choice.deadline,
             "predicted_round_s": float(choice.seconds.max()),
             "predicted_mean_wait_s": choice.mean_wait,
@@ -291,9 +293,15 @@ class HierFedLoRA:
             return replace(cohort, group=rng.permutation(len(clients)) % groups), True
         half = max(len(slices) // 2, 1) - 1
         seconds = cohort.speeds.seconds(cohort.layers[half : half + 1], cohort.bits[half : half + 1])[:, 0]
-        weight = self.label_weight if seen.fleet.label_counts is not None else 0.0
+        weight = self.label_weight if self._grouped_by(seen) == "labels and speed" else 0.0
         problem = GroupingProblem(_labels(seen, clients), seconds, groups, weight)
         return replace(cohort, group=near_iid_groups(problem)), True
+
+    def _grouped_by(self, seen: Observation) -> str:
+        """Return what groups are made by, for the record."""
+        if self.grouping == "random":
+            return "random"
+        return "speed" if seen.fleet.label_counts is None else "labels and speed"
 
     def _due(self, state: GroupingState, cohort: _Cohort) -> bool:
         """Return whether groups are made anew: on schedule, for newcomers, or when a client's speed has changed."""

@@ -45,6 +45,8 @@ class DataConfig:
     validation_rows : rows taken out of the training rows for the choice of settings; never from the test set.
     split_seed : seed of all these choices. It is apart from the experiment's seed, so that runs with different
         seeds are measured on the same test set.
+    topics : for causal language modelling without labels: number of clusters of the training rows that stand in for
+        classes in partitions and in methods that look at label counts (`airtune.training.topics`); None: no classes.
     max_length : longest example in tokens; longer texts are cut off (classification) or cut into several examples
         (causal language modelling).
     """
@@ -62,6 +64,7 @@ class DataConfig:
     test_rows: int | None = None
     validation_rows: int = 0
     split_seed: int = 0
+    topics: int | None = None
     max_length: int = 64
 
     def __post_init__(self) -> None:
@@ -72,6 +75,8 @@ class DataConfig:
             rows: int | None = getattr(self, name)
             if rows is not None and rows < 1:
                 raise InputError(f"data.{name}: {rows} is not a positive number of rows")
+        if self.topics is not None and self.topics < 2:
+            raise InputError(f"data.topics: {self.topics} is below 2; valid: none, or at least 2")
         if self.validation_rows < 0:
             raise InputError(f"data.validation_rows: {self.validation_rows} is negative")
         if self.max_length < 2:

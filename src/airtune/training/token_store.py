@@ -77,9 +77,10 @@ def _key(config: DataConfig, model: str, task: Task, versions: Mapping[str, str]
     data, of_model = _data_files(config), _reader_files(model)
     if data is None or of_model is None:
         return None
+    fields = {name: value for name, value in asdict(config).items() if name != "topics"}  # made after reading
     identity = {
         "format": FORMAT,
-        "data": asdict(config),
+        "data": fields,
         "task": task,
         "versions": dict(versions),
         "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*data, *of_model)],
