@@ -27,11 +27,13 @@ FAMILIES = ["bert", "roberta", "mpnet", "distilbert", "electra", "gpt2", "gpt_ne
 
 
 def gated(model, seed=4):
-    """Return a server's model of which neither a factor nor a gate is zero."""
+    """Return a server's model of which neither a factor nor a gate is zero; e is large, as a score is a mean."""
     adapter = random_adapter(model, seed)
     draw = torch.Generator().manual_seed(seed + 2)
     extras = {
-        name: 0.3 * torch.randn(value.shape, generator=draw, dtype=value.dtype) if is_gate(name) else value
+        name: 0.3 * value.shape[-1] * torch.randn(value.shape, generator=draw, dtype=value.dtype)
+        if is_gate(name)
+        else value
         for name, value in adapter.extras.items()
     }
     return ServerModel(adapter.with_factors(adapter.factors, extras))
@@ -96,7 +98,7 @@ def test_a_layer_computes_what_dense_matrices_say(family):
             o = torch.cat([mean @ product.T for product in products], dim=1)
             o = o / (o.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
             weight, temperature = (server.adapter.extras[name] for name in gate_names(layer))
-            gates[layer] = functional.softmax(o @ weight.T / temperature.exp(), dim=1)
+            gates[layer] = functional.softmax(o @ weight.T / o.shape[1] / temperature.exp(), dim=1)
             assert torch.allclose(gates[layer].sum(dim=1), torch.ones(len(x), dtype=x.dtype))
             assert gates[layer].std(dim=0).min() > 1e-4  # they depend on the text
         wanted = base + sum(gates[layer][:, e, None, None] * (x @ p.T) for e, p in enumerate(products))
@@ -197,6 +199,24 @@ def test_training_the_gates_leaves_the_experts_and_lowers_the_loss(exact):
     assert loss(only_gates) != loss(server.adapter.extras)
 
 
+@pytest.mark.parametrize("wide", [WIDTH, 3 * WIDTH])
+def test_steps_of_adam_move_scores_by_the_learning_rate_and_not_by_the_width(wide):
+    """Else gates of an ordinary width are at 0 or 1 after a few steps at the rate of a head."""
+    config = ModelConfig(name="random", rank=4, alpha=8.0, adapter="mole", experts=EXPERTS)
+    model = FederatedModel(network("bert", hidden_size=wide), config, num_labels=CLASSES, precision="fp64")
+    server = ServerModel(random_adapter(model, 4))
+    gates = replace(AdapterSlice.everything(server.adapter.shape), tensors=NEITHER)
+    steps, rate = 4, 0.03
+    job = job_of(server, gates, local_steps=steps, head_learning_rate=rate)
+    found = LocalTrainer(model, tokens(), ROWS, seed=7).train([job])[0].values
+    active = model.activate(ServerModel(server.adapter.with_factors(server.adapter.factors, found.extras)), gates)
+    model.logits(*batch())
+    for router in active.routers:
+        logs = router.now.detach().log()
+        ratios = logs.amax(dim=1) - logs.amin(dim=1)
+        assert 0.0 < float(ratios.max()) < 2 * steps * rate * 1.5
+
+
 def test_gradients_of_the_gates_are_those_of_finite_differences(exact):
     server = gated(exact)
     gates = replace(AdapterSlice.everything(server.adapter.shape), tensors=NEITHER)
@@ -226,16 +246,21 @@ def test_the_balance_is_least_at_equal_gates_and_evens_them_out(exact):
     active = exact.activate(server, whole)
     exact.logits(*batch())
     assert balance(active.routers).item() == pytest.approx(EXPERTS * np.log(EXPERTS))
-    skewed = gated(exact)
     gates = replace(whole, tensors=NEITHER)
     trainer = LocalTrainer(exact, tokens(), ROWS, seed=7)
-    spread = []
-    for weight in (0.0, 50.0):
-        job = job_of(skewed, gates, local_steps=40, learning_rate=0.02, penalties=(BalancePenalty(weight),))
-        values = trainer.train([job])[0].values
-        active = exact.activate(ServerModel(skewed.adapter.with_factors(skewed.adapter.factors, values.extras)), whole)
+
+    def trained(start, weight, steps):
+        job = job_of(start, gates, local_steps=steps, learning_rate=0.1, penalties=(BalancePenalty(weight),))
+        extras = trainer.train([job])[0].values.extras
+        return ServerModel(start.adapter.with_factors(start.adapter.factors, extras))
+
+    def spread_of(model):
+        active = exact.activate(model, whole)
         exact.logits(*batch())
-        spread.append(balance(active.routers).item())
+        return balance(active.routers).item()
+
+    skewed = trained(server, -5.0, 20)
+    spread = [spread_of(trained(skewed, weight, 40)) for weight in (0.0, 50.0)]
     assert EXPERTS * np.log(EXPERTS) <= spread[1] < EXPERTS * np.log(EXPERTS) + 0.3 < spread[0]
     plain = federated("bert")
     other = LocalTrainer(plain, tokens(), ROWS, seed=7)

@@ -4,15 +4,17 @@ With experts ``E_i(x) = s_i B_i A_i x`` an adapted linear layer computes ``W x +
 softmax per text and transformer layer, shared by the layer's linear layers. As in the paper they are computed from what
 the experts put out, normalised, concatenated and multiplied by a matrix e, over a temperature that is learned, too:
 
-    o = concat_i E_i(mean of x over the text's tokens)        at the layer's first adapted linear layer
-    g = softmax(e (o / sqrt(mean(o^2) + 1e-6)) / exp(t))      e [experts, experts * out], t the log temperature
+    o = concat_i E_i(mean of x over the text's tokens)          at the layer's first adapted linear layer
+    g = softmax(e (o / sqrt(mean(o^2) + 1e-6)) / n / exp(t))    e [experts, n], n = experts * out, t the log temperature
 
 Departures [our choice]. The paper runs each layer once per expert and flattens all of its tokens, so that e has a fixed
 text length in it and a hundred times the size; here the linear layers' outputs are gated, and tokens are averaged,
-padding left out. Both e and t start at zero: equal gates. The normalisation is by the root mean square.
+padding left out. Both e and t start at zero: equal gates. The normalisation is by the root mean square, and a score is
+a mean over the n values, not a sum: Adam moves each value of e by the learning rate, which moves a score by no more
+than that, whatever the width. With the sum it would be n times as much, and gates are at 0 or 1 after some steps.
 
-Experts that a client does not hold are left out and the others' gates sum to one, as the paper does at inference. An
-expert alone has the gate 1: it is plain LoRA, and that is how it is trained.
+Experts that a client does not hold are left out, of n as well, and the others' gates sum to one, as the paper does at
+inference. An expert alone has the gate 1: it is plain LoRA, and that is how it is trained.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class Router:
                 outputs[:, expert] = sum((part.times(pooled.T).T for part in parts), start=outputs[:, expert])
             count = len(self.present) * outputs.shape[2]
             scale = (outputs.square().sum(dim=(1, 2), keepdim=True) / count + FLOOR).sqrt()
-            scores = (outputs / scale).flatten(1) @ self.weight.T * torch.exp(-self.log_temperature)
+            scores = (outputs / scale).flatten(1) @ self.weight.T / count * torch.exp(-self.log_temperature)
             held = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
             held[list(self.present)] = True
             self.now = torch.softmax(scores.masked_fill(~held, -torch.inf), dim=1)
