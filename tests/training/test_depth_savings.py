@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from airtune.aggregation.one_factor import SharedCore
@@ -62,6 +63,33 @@ def by_depth(model: Any, outside: str) -> dict[str, np.ndarray]:
         train = AdapterSlice.top_layers(shape, depth, outside)  # type: ignore[arg-type]
         measured.append(step(model, train, AdapterSlice.everything(shape) if outside == "frozen" else train))
     return {key: np.array([row[key] for row in measured], dtype=float) for key in measured[0]}
+
+
+def allocated_peak(model: Any, train: AdapterSlice, receive: AdapterSlice) -> int:
+    """Return the most bytes that torch's allocator held during one step beyond those before it."""
+    model.activate(ServerModel(random_adapter(model)), train, receive)
+    inputs = batch(model)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        model.logits(*inputs).square().mean().backward()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(held.max())
+
+
+@pytest.mark.parametrize("outside", ["frozen", "absent"])
+def test_the_peak_of_allocated_memory_rises_by_the_same_with_every_layer(model: Any, outside: str) -> None:
+    """Every allocation and release that the profiler saw, summed in time: frozen lower layers keep nothing."""
+    everything, peaks, kept = AdapterSlice.everything(model.shape), [], []
+    for depth in range(1, DEPTHS + 1):
+        train = AdapterSlice.top_layers(model.shape, depth, outside)  # type: ignore[arg-type]
+        receive = everything if outside == "frozen" else train
+        peaks.append(allocated_peak(model, train, receive))
+        kept.append(step(model, train, receive)["kept"])
+    steps = np.diff(peaks)
+    assert steps.min() > 0
+    assert np.ptp(steps) <= 0.02 * steps.mean()
+    assert steps.mean() == pytest.approx(np.diff(kept).mean(), rel=0.1)  # a layer's peak is what autograd keeps of it
+    assert peaks[0] < 0.3 * peaks[-1]
 
 
 @pytest.mark.parametrize("outside", ["frozen", "absent"])
