@@ -1,28 +1,29 @@
 """Robust wrappers, client-level privacy and the server's optimizers: closed forms on small adapters."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregation_examples import SIZES, effective, outcome, random_adapter, relative, round_of
-from airtune.aggregation.changes import change_of
+from airtune.aggregation.changes import change_of, moved
 from airtune.aggregation.declaring import exchange_of, is_linear, redraws
-from airtune.aggregation.mean import FrobeniusWeighted, Mean
+from airtune.aggregation.mean import FrobeniusWeighted, IndependentSampling, Mean
 from airtune.aggregation.one_factor import Alternating, FrozenA, MergeAndRedraw, SharedCore, SharedFactor
 from airtune.aggregation.privacy import ClientPrivacy, epsilon
 from airtune.aggregation.registry import AGGREGATORS
 from airtune.aggregation.residual import ResidualMerge, RidgeCorrection
-from airtune.aggregation.robust import CoordinateMedian, NormClipping, StalenessWeights, TrimmedMean
+from airtune.aggregation.robust import CoordinateMedian, NormClipping, StalenessWeights, TrimmedMean, Wrapper
 from airtune.aggregation.server_optimizer import Moment, ServerStep
 from airtune.aggregation.stacking import EnergyThreshold, Stacking
 from airtune.aggregation.truncation import PrincipalSplit, Refactoring, Truncation
 from airtune.errors import InputError
 from airtune.experiment.config import read_experiment
-from airtune.federation import Stop, begin, run
+from airtune.federation import Stop, begin, prepared, run
 from airtune.lora import ONLY_B, LoraFactors
 from airtune.methods.composed import Composed
 from airtune.methods.fedopt import FedOpt
@@ -90,9 +91,7 @@ def test_clipping_shrinks_to_the_norm_and_leaves_small_changes_alone() -> None:
     assert float(moved_by(model, NormClipping(0.5)(model, one)).norm()) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(
-    "inner", [Mean(), FrozenA(), Refactoring(), MergeAndRedraw(), ResidualMerge(), Stacking(), Truncation()], ids=str
-)
+@pytest.mark.parametrize("inner", [kind() for kind in AGGREGATORS.values() if not issubclass(kind, Wrapper)], ids=str)
 @pytest.mark.parametrize("wrapper", [TrimmedMean, CoordinateMedian, NormClipping, StalenessWeights])
 def test_wrappers_fit_around_any_aggregator(wrapper: type, inner: object) -> None:
     rule = wrapper(inner=inner)
@@ -166,6 +165,8 @@ def test_privacy_covers_what_travels_and_nothing_else() -> None:
 
 
 LINEAR = [Mean(), FrozenA(), Alternating(), SharedFactor(), SharedCore(), Refactoring(), MergeAndRedraw()]
+SUMS = [(rule, 1) for rule in (*LINEAR, IndependentSampling("uniform"), MergeAndRedraw(drawn="B"), SharedFactor("B"))]
+SUMS += [(Alternating(), 2)]  # its even rounds train the other factor
 NOT_LINEAR = [
     FrobeniusWeighted(),
     Stacking(),
@@ -193,29 +194,35 @@ def test_only_linear_rules_can_be_private() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["mean", "frozen-a", "alternating", "shared-factor", "refactoring", "merge-and-redraw"]
-)
+@pytest.mark.parametrize(("rule", "number"), SUMS, ids=lambda value: str(value).partition("(")[0])
 @given(seed=st.integers(0, 50))
-def test_linear_means_that_sums_of_updates_are_enough(name: str, seed: int) -> None:
+@settings(max_examples=8)
+def test_linear_means_that_sums_of_updates_are_enough(rule: Any, number: int, seed: int) -> None:
     """Any two cohorts with the same weighted sum of uploads give the same model, as under secure aggregation."""
-    rule = AGGREGATORS[name]()
-    model = model_of()
-    if name == "merge-and-redraw":
-        model = rule.prepare(model)  # type: ignore[attr-defined]
-    result = round_of(model, (1, 1, 1), tensors=exchange_of(rule, 1).send, seed=seed)
+    model = prepared(rule, model_of())
+    result = round_of(model, (1, 1, 1), tensors=exchange_of(rule, number).send, seed=seed)
     mean = changes(model, result).mean(0)
-    from airtune.aggregation.changes import moved
-
     start = result.updates[0].task.send.take(model.adapter)
-    masks = [
-        torch.randn(len(mean), generator=torch.Generator().manual_seed(seed + k), dtype=torch.float64) for k in (0, 1)
-    ]
+    draws = [torch.Generator().manual_seed(seed + k) for k in (0, 1)]
+    masks = [torch.randn(len(mean), generator=draw, dtype=torch.float64) for draw in draws]
     masks.append(-masks[0] - masks[1])
     masked = tuple(moved(u, start, mean + m) for u, m in zip(result.updates, masks, strict=True))
     one, other = rule(model, result), rule(model, replace(result, updates=masked))
+    assert moved_by(model, one).norm() > 0
     for slot in SIZES:
         assert relative(effective(one, slot) - effective(other, slot), effective(one, slot)) < 1e-9
+    for name, head in one.adapter.extras.items():
+        torch.testing.assert_close(head, other.adapter.extras[name])
+
+
+def test_every_rule_declared_linear_is_in_the_test_of_sums() -> None:
+    declared = {kind for kind in AGGREGATORS.values() if is_linear(kind())}
+    assert declared - {ClientPrivacy} == {type(rule) for rule, _ in SUMS}  # that one is a sum by its own test
+
+
+def test_sums_with_weights_of_their_own_are_not_private() -> None:
+    with pytest.raises(InputError, match="a_n / q_n"):
+        ClientPrivacy(inner=IndependentSampling())
 
 
 def test_epsilon_agrees_with_the_closed_form_of_one_full_round() -> None:
