@@ -62,7 +62,7 @@ def topics_of(rows: TokenizedData, topics: int, seed: int) -> Ints:
     weight = np.log(len(fitted) / np.maximum((counts > 0).sum(axis=0), 1)).astype(np.float32)
     words = _on_sphere(np.log1p(counts) * weight)
     start = rng.normal(size=min(words.shape)).astype(np.float32)
-    directions = svds(words, k=min(topics, len(fitted) - 1), v0=start, return_singular_vectors="vh")[2].T
+    directions = svds(words, k=min(topics, len(fitted) - 1), v0=start)[2].T
     centres = _centres(_on_sphere(words @ directions), topics, rng)
     chunks = np.split(np.arange(len(rows)), range(_CHUNK, len(rows), _CHUNK))
     projected = (_on_sphere(np.log1p(_counts(rows, part)) * weight) @ directions for part in chunks)
