@@ -70,8 +70,12 @@ class Display:
         self.bar.update(self.task, completed=done, text=self._text(line))
 
     def finished(self, head: Plain) -> None:
-        """Close the bar."""
+        """Close the bar, and say what a private run has spent."""
         self.close()
+        for unit, spent in head.get("privacy", {}).items():
+            value = "not known: " + spent["reason"] if spent["epsilon"] is None else f"{spent['epsilon']:.3g}"
+            delta = f" at delta {spent['delta']:.2g}" if "delta" in spent else ""
+            self.screen.print(f"{self.label}: epsilon of {unit} {value}{delta}", soft_wrap=True)
 
     def close(self) -> None:
         """Take the bar off the screen, whatever happened."""

@@ -98,7 +98,7 @@ def _check_averages(method: Any, name: str) -> None:
         )
 
 
-def _rules(method: Any) -> Iterator[Any]:
+def rules_of(method: Any) -> Iterator[Any]:
     """Yield a method's aggregator, and those that it wraps."""
     rule = getattr(getattr(method, "composed", method), "aggregator", None)
     while rule is not None:
@@ -108,7 +108,7 @@ def _rules(method: Any) -> Iterator[Any]:
 
 def _innermost(method: Any) -> Any:
     """Return the aggregator inside all wrappers, None if the method has none."""
-    return next(iter(reversed(list(_rules(method)))), None)
+    return next(iter(reversed(list(rules_of(method)))), None)
 
 
 _BY_VALUE = (TrimmedMean, CoordinateMedian, ClientPrivacy)
@@ -132,7 +132,7 @@ _PRODUCTS = (Stacking, EnergyThreshold, Truncation, PrincipalSplit, ResidualMerg
 
 def _check_products(method: Any, name: str) -> None:
     """Refuse methods that average, or compare, components which no longer correspond."""
-    rules = list(_rules(method))
+    rules = list(rules_of(method))
     by_value = any(isinstance(rule, _BY_VALUE) for rule in rules)
     if by_value or not isinstance(_innermost(method), _PRODUCTS):
         raise InputError(

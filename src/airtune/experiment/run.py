@@ -17,6 +17,7 @@ from airtune.errors import InputError, NoResultError
 from airtune.experiment import checkpoint
 from airtune.experiment.build import Bench, Workshop, build
 from airtune.experiment.config import Experiment, read_experiment
+from airtune.experiment.privacy_spent import privacy_spent
 from airtune.experiment.provenance import git_revision, versions
 from airtune.experiment.store import ADAPTER_FOLDER, SCHEMA, Plain, RunStore, new_store
 from airtune.federation import Evaluate, Progress, begin, run
@@ -169,7 +170,8 @@ def _run(
     except BaseException as error:
         store.update_head(status="failed", error=f"{type(error).__name__}: {error}", **_last(store))
         raise
-    head = store.update_head(status="done", export=export, **_last(store))
+    spent = privacy_spent(bench.experiment, [len(rows) for rows in bench.clients], store.rounds())
+    head = store.update_head(status="done", export=export, **spent, **_last(store))
     session.reporter.finished(head)
     return head
 
