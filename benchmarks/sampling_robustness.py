@@ -1,6 +1,6 @@
 """What adaptive sampling loses when its knowledge is old, noisy or wrong: fleet seconds against perfect knowledge.
 
-    OMP_NUM_THREADS=1 python benchmarks/sampling_robustness.py [--seeds 0,1,2] [--only fading]
+    OMP_NUM_THREADS=1 python benchmarks/sampling_robustness.py [--seeds 0,1,2] [--only fading] [--json FILE]
 
 The fleet of experiments/adaptive-sampling (40 devices) with unbalanced data, the product's own method and clock, and no
 training: a round with probabilities q and sizes k is worth ``(beta - V) / (Gamma alpha)`` of the way to the target,
@@ -12,6 +12,7 @@ there. The reference of each block is the first row, the best knowledge that the
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,8 +153,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", choices=list(BLOCKS))
+    parser.add_argument("--json", type=Path, help="where seconds and rounds of every seed are written")
     options = parser.parse_args()
     seeds = [int(text) for text in options.seeds.split(",")]
+    stored: list[dict[str, Any]] = []
     for block in [options.only] if options.only else BLOCKS:
         print(f"\n| {block} | seconds | rounds | over the first row |\n| --- | --- | --- | --- |")
         first: np.ndarray | None = None
@@ -161,11 +164,15 @@ def main() -> None:
             found = np.array([seconds_to_target(case, seed) for seed in seeds])
             seconds, first = found[:, 0], found[:, 0] if first is None else first
             ratio = seconds / first
+            row = {"seeds": seeds, "seconds": seconds.tolist(), "rounds": found[:, 1].tolist(), "ratio": ratio.tolist()}
+            stored.append({"block": block, "case": case.name, **row})
             print(
                 f"| {case.name} | {seconds.mean():.0f} ± {seconds.std(ddof=1):.0f} | {found[:, 1].mean():.0f} | "
                 f"{ratio.mean():.2f} ± {ratio.std(ddof=1):.2f} |",
                 flush=True,
             )
+            if options.json is not None:
+                options.json.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 if __name__ == "__main__":
