@@ -1,12 +1,19 @@
 """Pseudo labels of texts without labels: planted topics are found, counted per client and grouped."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from airtune.errors import InputError
+from airtune.experiment.build import Workshop
 from airtune.scheduling.grouping import GroupingProblem, divergence, near_iid_groups
-from airtune.training.data import TokenizedData
+from airtune.training.data import DataConfig, TokenizedData
 from airtune.training.partition import Dirichlet, label_counts
+from airtune.training.shapes import ModelConfig
 from airtune.training.topics import topics_of, with_topics
 from tiny_networks import tokens
 
@@ -62,6 +69,32 @@ def test_texts_without_labels_are_dealt_out_and_grouped_by_topic() -> None:
         return float(np.mean([divergence(truth[group == g].sum(axis=0), truth.sum(axis=0)) for g in range(4)]))
 
     assert apart(ours) < 0.3 * apart(random)
+
+
+def test_a_file_without_labels_gets_topics_when_its_rows_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From `[data] topics` to the rows that are dealt out: two vocabularies, two topics."""
+    monkeypatch.setenv("AIRTUNE_CACHE", str(tmp_path / "cache"))
+    words = [f"{kind}{index}" for kind in "ab" for index in range(40)]
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *words])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = tmp_path / "model"
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", eos_token="[EOS]").save_pretrained(model)
+    (model / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(words[40 * (row % 2) :][:40], 12)) for row in range(160)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text", *texts]) + "\n", encoding="utf-8")
+    data, config = DataConfig(name=str(tmp_path / "rows.csv"), topics=2), ModelConfig(name=str(model), task="causal-lm")
+    workshop = Workshop()
+    found = workshop.tokens(data, config)
+    assert found.train.label_names == ("topic 0", "topic 1") and found.test.label_names == ()
+    second = np.array([int(found.train.batch([row])["input_ids"].flat[0]) >= 43 for row in range(len(found.train))])
+    assert purity(found.train.labels, second.astype(int)) > 0.97
+    assert workshop.tokens(replace(data, topics=None), config).train.label_names == ()
+    with pytest.raises(InputError, match=r"data\.topics: 1 is below 2"):
+        replace(data, topics=1)
 
 
 def test_where_topics_have_no_meaning_they_are_refused() -> None:
