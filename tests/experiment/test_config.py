@@ -347,7 +347,9 @@ def test_one_slip_of_the_finger_is_always_caught(section: str, index: int, chang
     assert "\n" not in text
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("training.adapter", "model.adapter"), ("model.optimizer", "training.optimizer")])
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("training.adapter", "model.adapter"), ("model.optimizer", "training.optimizer")]
+)
 def test_a_field_of_the_other_section_is_told_its_place(wrong: str, right: str) -> None:
     with pytest.raises(InputError, match=rf"^{wrong}: unknown key; valid: {right}, "):
         ExperimentFile("x", BASE, {wrong: "dora"}).experiment()
