@@ -25,6 +25,7 @@ from airtune.report.tables import default_target, final_value, paid, reached, sp
 Row = dict[str, float | None]
 COLUMNS = ("time, s", "wait, s", "uplink, Mbit", "downlink, Mbit", "energy, J", "final, %")
 MORE = ("rounds", "aggregation error")
+SMALLEST = 1e-9  # rounding, not a cost
 RATIOS = ("time, s", "wait, s", "uplink, Mbit", "energy, J")
 
 
@@ -77,7 +78,7 @@ def ratio(method: dict[int, Row], reference: dict[int, Row], column: str) -> str
     logs: list[float] = []
     for seed, row in method.items():
         own, other = row[column], reference.get(seed, {}).get(column)
-        if own and other:
+        if own and other and min(own, other) > SMALLEST:
             logs.append(math.log(own / other))
     return f"{math.exp(math.fsum(logs) / len(logs)):.2f}" if logs else "-"
 
