@@ -112,7 +112,7 @@ def test_a_run_says_them_once(file: Path, tmp_path: Path, capfd: pytest.CaptureF
 def test_gradients_of_a_pilot_that_no_weight_uses_are_named(
     file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    constants = {"alpha": 30.0, "beta": 12.0, "form": "V", "gradient_norms": [5.0, *[1.0] * 5]}
+    constants = {"alpha": 30.0, "beta": 12.0, "form": "V", "gradient_norms": [*[1.0] * 5, 5.0]}
     stored = {"schema": 1, "seed": 0, "usable": True, "constants": {**constants, "gradient_noise": [0.5] * 6}}
     path = tmp_path / "pilot.json"
     path.write_text(json.dumps(stored))
@@ -124,4 +124,4 @@ def test_gradients_of_a_pilot_that_no_weight_uses_are_named(
     used = planned(file, capfd, *argv, "--method.noise", "gradients")
     assert "unused" not in used["notes"]
     found = used["notes"]["sampling"]["probability"]
-    assert found[0] / sum(found) > 1.5 * equal[0] / sum(equal)
+    assert found[5] / sum(found) > 1.5 * equal[5] / sum(equal)
