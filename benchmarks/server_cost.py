@@ -1,11 +1,16 @@
 """Server seconds and memory of one aggregation, against clients, rank and width, on one core.
 
     python benchmarks/server_cost.py [--quick]
+    python benchmarks/server_cost.py --sweep [OUT.json]
 
 Each case runs in its own process with one thread. Seconds are CPU seconds of the aggregation alone; memory is the
 process's peak, torch (about 0.3 GB) and the clients' uploads included. The factors share a common part and a drift per
 client, like those of real rounds, so that spectra fall. Bars: RoBERTa-large with 20 clients below 5 s, with 100 clients
 (stacked rank above the width) below 30 s; LLaMA-7B with 10 clients below 60 s and 4 GB.
+
+The sweep varies clients, rank and width one at a time around a middle point, one process for each point, and stores CPU
+seconds for one square module: the smallest of three rounds of two modules, halved. LoRA-FAIR's published iteration is
+measured for 10 of its 1000 steps and scaled.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 CASES = {  # name: (modules, width, rank, clients, bar in seconds, bar in GB)
     "roberta-large, 20 clients": (48, 1024, 16, 20, 5.0, None),
@@ -32,9 +38,16 @@ METHODS = {
     "fedmomentum": ("principal-split", {"energy": 0.99}),
     "fedsvd": ("refactoring", {}),
     "ffa-lora": ("frozen-a", {}),
+    "rolora": ("alternating", {}),
+    "fedsa-lora": ("shared-factor", {}),
     "rac-lora": ("merge-and-redraw", {}),
+    "galore-avg": ("merge-and-redraw", {"drawn": "B"}),
     "fed-sb": ("shared-core", {}),
 }
+STEPS, PUBLISHED_STEPS = 10, 1000
+PUBLISHED = ("ridge-correction", {"correction": "published", "iterations": STEPS})
+MIDDLE = {"clients": 10, "rank": 16, "width": 1024}
+SWEEP = {"clients": (5, 10, 40, 100), "rank": (4, 16, 64), "width": (512, 1024, 2048)}
 
 
 def measure(aggregator: str, fields: dict, modules: int, width: int, rank: int, clients: int) -> dict:
@@ -57,6 +70,51 @@ def measure(aggregator: str, fields: dict, modules: int, width: int, rank: int, 
     if after.version != 1:
         raise RuntimeError("nothing was aggregated")
     return {"seconds": seconds, "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def measure_point(clients: int, rank: int, width: int) -> dict[str, float]:
+    """Return the CPU seconds of every rule for one module."""
+    import torch
+
+    torch.set_num_threads(1)
+    from airtune.aggregation.declaring import exchange_of
+    from airtune.aggregation.registry import AGGREGATORS
+    from airtune.federation import prepared
+
+    found: dict[str, float] = {}
+    for name, (aggregator, fields) in {**METHODS, "lora-fair, published": PUBLISHED}.items():
+        rule = AGGREGATORS[aggregator](**fields)
+        model = prepared(rule, _model(2, width, rank))
+        outcome = _round(model, clients, exchange_of(rule, 1).send)
+        times = []
+        for _ in range(3):
+            before = time.process_time()
+            rule(model, outcome)
+            times.append(time.process_time() - before)
+        scale = PUBLISHED_STEPS / STEPS if "published" in name else 1.0
+        found[name] = round(min(times) / 2 * scale, 5)
+    return found
+
+
+def sweep(out: Path) -> int:
+    """Measure every point of the sweep in a process of its own and store them."""
+    points = []
+    for axis, values in SWEEP.items():
+        for value in values:
+            point = {**MIDDLE, axis: value}
+            if point not in [known["point"] for known in points]:
+                found = _in_process("--point", json.dumps(list(point.values())))
+                points.append({"point": point, "seconds_per_module": found})
+                print(point, found, flush=True)
+    stored = {"schema": 1, "unit": "CPU s for one module", "middle": MIDDLE, "points": points}
+    out.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _in_process(flag: str, job: str) -> dict:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, flag, job]
+    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
 def _model(modules: int, width: int, rank: int):
@@ -108,16 +166,12 @@ def _round(model, clients: int, tensors: frozenset):
 def main() -> int:
     """Run every case in a process of its own and print the table; return 1 if a bar is missed."""
     cases = QUICK if "--quick" in sys.argv else CASES
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     missed = False
     print(f"{'case':28} {'method':12} {'CPU s':>8} {'peak GB':>8}  bar")
     for case, (modules, width, rank, clients, seconds_bar, memory_bar) in cases.items():
         for method, (aggregator, fields) in METHODS.items():
             job = json.dumps([aggregator, fields, modules, width, rank, clients])
-            done = subprocess.run(
-                [sys.executable, __file__, "--job", job], env=environment, capture_output=True, text=True, check=True
-            )
-            found = json.loads(done.stdout)
+            found = _in_process("--job", job)
             gigabytes = found["bytes"] / 1e9
             ok = found["seconds"] < seconds_bar and (memory_bar is None or gigabytes < memory_bar)
             missed |= not ok
@@ -131,5 +185,10 @@ def main() -> int:
 if __name__ == "__main__":
     if "--job" in sys.argv:
         print(json.dumps(measure(*json.loads(sys.argv[sys.argv.index("--job") + 1]))))
+    elif "--point" in sys.argv:
+        print(json.dumps(measure_point(*json.loads(sys.argv[sys.argv.index("--point") + 1]))))
+    elif "--sweep" in sys.argv:
+        given = [argument for argument in sys.argv[1:] if argument.endswith(".json")]
+        sys.exit(sweep(Path(given[0] if given else Path(__file__).with_name("server_cost_sweep.json"))))
     else:
         sys.exit(main())
