@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from airtune.aggregation.privacy import epsilon
+from airtune.cli import main
 from airtune.errors import InputError
 from airtune.experiment.config import Experiment, read_experiment
 from airtune.experiment.privacy_spent import privacy_spent
+from tiny_experiment import write_experiment
 
 RULE = {"type": "client-privacy", "noise_multiplier": 2.0, "inner": "frozen-a"}
 INDEPENDENT = {"type": "separate", "sampler": {"type": "independent", "expected_cohort_size": 2}}
@@ -94,3 +98,14 @@ def test_what_is_not_known_is_null_with_a_reason() -> None:
     training = {"privacy": {"noise_multiplier": 0.8}}
     spent = privacy_spent(experiment({"name": "hierfedlora"}, training=training), EXAMPLES, LINES, Accountant())
     assert spent["privacy"]["examples"]["epsilon"] is None and "cycles" in spent["privacy"]["examples"]["reason"]
+
+
+def test_a_private_run_writes_and_shows_what_it_spent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_experiment(tmp_path / "world")
+    table = '[variant.private]\nmethod = "composed"\naggregator = { type = "client-privacy", inner = "frozen-a" }\n'
+    file.write_text(file.read_text() + "\n" + table)
+    assert main(["run", str(file), "--method", "private", "--out", str(tmp_path / "run")]) == 0
+    spent = json.loads((tmp_path / "run" / "run.json").read_text())["privacy"]["clients"]
+    assert spent["rounds"] == 2 and spent["sampling_probability"] == 1.0 and spent["delta"] == 1e-5
+    assert spent["epsilon"] is None or spent["epsilon"] > 0.0
+    assert "epsilon of clients" in capsys.readouterr().err
