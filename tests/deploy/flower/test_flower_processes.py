@@ -77,7 +77,7 @@ def test_real_processes_give_the_simulations_adapter(tmp_path: Path) -> None:
         assert furthest(simulated, weights_of(tmp_path / "real")) <= 1e-6, federation.log("run")
         listed = json.loads(federation.output("flwr", "list", "test", "--format", "json"))
         federation.end(*federation.running)
-        assert not federation.left_behind()
+        wait_for(lambda: not federation.left_behind(), 60, "the end of every process")
     bits = sum(line["uplink_bits"] + line["downlink_bits"] for line in lines_of(tmp_path / "real"))
     assert listed["runs"][0]["network-traffic"]["total-bytes"] >= bits / 8  # and Flower's polls and its app's files
     assert head_of(tmp_path / "real")["status"] == "done"
@@ -189,4 +189,4 @@ def test_ctrl_c_leaves_an_interrupted_run_and_no_process(tmp_path: Path) -> None
         wait_for(lambda: head_of(tmp_path / "out")["status"] == "interrupted", 60, "the interruption")
         run.wait(timeout=120)
         federation.end(*federation.running)
-        assert not federation.left_behind()
+        wait_for(lambda: not federation.left_behind(), 60, "the end of every process")
