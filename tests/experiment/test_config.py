@@ -348,11 +348,17 @@ def test_one_slip_of_the_finger_is_always_caught(section: str, index: int, chang
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right"), [("training.adapter", "model.adapter"), ("model.optimizer", "training.optimizer")]
+    ("wrong", "right"), [("training.alpha", "model.alpha"), ("model.optimizer", "training.optimizer")]
 )
 def test_a_field_of_the_other_section_is_told_its_place(wrong: str, right: str) -> None:
     with pytest.raises(InputError, match=rf"^{wrong}: unknown key; valid: {right}, "):
         ExperimentFile("x", BASE, {wrong: "dora"}).experiment()
+
+
+def test_the_adapter_kind_may_stand_in_training_too() -> None:
+    assert ExperimentFile("x", BASE, {"training.adapter": "dora"}).experiment().model.adapter == "dora"
+    with pytest.raises(InputError, match=r"^training\.adapter: 'dora', but model\.adapter is 'lora'"):
+        ExperimentFile("x", BASE, {"training.adapter": "dora", "model.adapter": "lora"}).experiment()
 
 
 def test_every_part_that_a_file_can_name_has_names() -> None:

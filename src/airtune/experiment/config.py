@@ -308,6 +308,7 @@ def _spelled(tables: Mapping[str, Any], name: str) -> str:
 
 def _experiment(tables: Plain, label: str, name: str) -> Experiment:
     check_keys(tables, KEYS, "")
+    tables = _with_adapter_kind(tables)
     _check_place(tables)
     training, engine = read_merged((LocalTraining, Engine), tables.get("training", {}), "training")
     check_training(training)
@@ -334,6 +335,19 @@ def _experiment(tables: Plain, label: str, name: str) -> Experiment:
         stop=read_dataclass(StopLimits, tables.get("stop", {}), "stop"),
         evaluation=read_dataclass(Evaluation, tables.get("evaluation", {}), "evaluation"),
     )
+
+
+def _with_adapter_kind(tables: Plain) -> Plain:
+    """Return the tables with [training] adapter, the other place where a file may name it, moved to [model]."""
+    training, model = tables.get("training", {}), tables.get("model", {})
+    if not isinstance(training, Mapping) or not isinstance(model, Mapping) or "adapter" not in training:
+        return tables
+    if "adapter" in model and model["adapter"] != training["adapter"]:
+        raise InputError(
+            f"training.adapter: {training['adapter']!r}, but model.adapter is {model['adapter']!r}; valid: one"
+        )
+    others = {key: value for key, value in cast("Plain", training).items() if key != "adapter"}
+    return {**tables, "training": others, "model": {**cast("Plain", model), "adapter": training["adapter"]}}
 
 
 def _check_place(tables: Plain) -> None:
