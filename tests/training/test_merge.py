@@ -8,10 +8,12 @@ from airtune.cli import main
 from airtune.errors import InputError
 from airtune.lora import merge
 from airtune.training.export import export_adapter
+from airtune.training.images import ImageReader
 from airtune.training.merge import merge_adapter
 from airtune.training.shapes import ModelConfig
 from airtune.types import ServerModel
 from tiny_experiment import head_of, write_experiment
+from tiny_images import write_model
 from tiny_networks import federated, network, random_adapter, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -70,6 +72,13 @@ def test_the_command_merges_a_finished_run_and_only_into_a_new_folder(tmp_path, 
         assert main(["merge", *words]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "task", "whole"]
+
+
+def test_an_image_processor_is_written_beside_the_weights(tmp_path):
+    write_model(tmp_path / "base")
+    ImageReader(str(tmp_path / "base")).save(tmp_path / "whole")
+    ours, theirs = (transformers.AutoImageProcessor.from_pretrained(tmp_path / name) for name in ("base", "whole"))
+    assert ours.to_dict() == theirs.to_dict()
 
 
 def test_what_has_no_merged_form_is_refused(tmp_path):

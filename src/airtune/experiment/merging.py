@@ -19,6 +19,7 @@ def merge_run(folder: Path, out: Path) -> None:
         gates and bottleneck adapters act on what passes through them, and a rounded base is not what is loaded here.
     """
     from airtune.training.merge import merge_adapter
+    from airtune.training.readers import reader_of
 
     head = RunStore(folder).read_head()
     export = head.get("export")
@@ -30,6 +31,8 @@ def merge_run(folder: Path, out: Path) -> None:
         raise InputError(f"{folder}: was trained on {export['base_weights']} weights; valid: a run on full ones")
     if out.exists():
         raise InputError(f"--out: {out} exists; valid: a new folder")
-    config = read_experiment(head["config"], str(head.get("method"))).model
+    experiment = read_experiment(head["config"], str(head.get("method")))
+    model, adapter = experiment.model, folder / export["path"]
+    reader = reader_of(experiment.data, model.name, model.task)
     with disk_errors(out):
-        merge_adapter(folder / export["path"], config, export["labels"], out)
+        merge_adapter(adapter, model, export["labels"], out, reader=reader)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -126,6 +127,10 @@ class ImageReader:
         """Return the images of these arrays and fields."""
         names = tuple(fields["label_names"])
         return ImageData(arrays["pixels"], arrays["labels"], fields["num_labels"], names, fields["places"])
+
+    def save(self, folder: Path) -> None:
+        """Write the image processor."""
+        self._processor.save_pretrained(folder)
 
     def _pixels(self, images: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
         """Return images [height, width, channels] through the processor, [images, channels, height, width]."""

@@ -10,25 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from airtune.errors import InputError
-from airtune.training.catalogue import resolve_model
 from airtune.training.loading import load_network, quiet
+from airtune.training.readers import Reader
 from airtune.training.shapes import ModelConfig
 
-_READERS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab*",
-    "merges.txt",
-    "added_tokens.json",
-    "preprocessor_config.json",
-)
 
-
-def merge_adapter(adapter: Path, config: ModelConfig, labels: Sequence[str], out: Path) -> None:
+def merge_adapter(
+    adapter: Path, config: ModelConfig, labels: Sequence[str], out: Path, *, reader: Reader | None = None
+) -> None:
     """Merge a PEFT folder into its base model and write the whole model, single precision, into the folder `out`.
 
-    What reads the rows (tokenizer or image processor) is copied from the base model where that is a local folder. The
-    classes carry their names. `out` appears complete or not at all.
+    The classes carry their names. `out` appears complete or not at all.
 
     Parameters
     ----------
@@ -36,6 +28,7 @@ def merge_adapter(adapter: Path, config: ModelConfig, labels: Sequence[str], out
     config : names the base model and the task.
     labels : of the classes, in label order; empty for a causal language model.
     out : must not exist.
+    reader : of the base model: its tokenizer or image processor is written beside the weights; None: weights alone.
 
     Raises
     ------
@@ -58,17 +51,10 @@ def merge_adapter(adapter: Path, config: ModelConfig, labels: Sequence[str], out
     try:
         with quiet():
             merged.save_pretrained(fresh)
-        _copy_readers(resolve_model(config.name), fresh)
+            if reader is not None:
+                reader.save(fresh)
         fresh.chmod(0o755)
         fresh.rename(out)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-
-
-def _copy_readers(base: Path | str, folder: Path) -> None:
-    if isinstance(base, str):  # of the hub: transformers finds them there by the name in config.json
-        return
-    for pattern in _READERS:
-        for file in base.glob(pattern):
-            shutil.copyfile(file, folder / file.name)

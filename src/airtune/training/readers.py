@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
@@ -43,6 +44,10 @@ class Reader(Protocol):
 
     def stored(self, arrays: Mapping[str, NDArray[Any]], fields: Mapping[str, Any]) -> Examples:
         """Return the examples of these `Examples.arrays` and `Examples.fields`; KeyError if one is missing."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the model's tokenizer or image processor into a folder, for transformers' ``from_pretrained``."""
         ...
 
 
@@ -84,6 +89,10 @@ class TextReader:
             max_length=fields["max_length"],
             task=fields["task"],
         )
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer."""
+        self._tokenizer.save_pretrained(folder)
 
 
 def reader_of(data: DataConfig, model: str, task: Task) -> Reader:
