@@ -35,6 +35,11 @@ class DropsComponents(Protocol):
         ...
 
 
+def drops_components(codec: Compressor) -> bool:
+    """Return whether a codec says so."""
+    return isinstance(codec, DropsComponents) and codec.drops_components
+
+
 @dataclass(frozen=True)
 class DropError:
     """Squared Frobenius norms: the true error of a product, the sum over its components, and the bound."""
@@ -78,7 +83,7 @@ def drop_reports(codec: Compressor, trained: Adapter, arrived: Adapter) -> Mappi
     trained, arrived : in the coordinates of what is sent. Nothing for codecs that do not drop whole components, and for
     slots with a core.
     """
-    if not (isinstance(codec, DropsComponents) and codec.drops_components):
+    if not drops_components(codec):
         return {}
     slots = [name for name, factors in trained.factors.items() if factors.core is None and factors.rank]
     energy = sum(trained.factors[name].frobenius_norm() ** 2 for name in slots)

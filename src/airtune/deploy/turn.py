@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from airtune.compression.drop_error import drop_reports
+from airtune.compression.drop_error import drop_reports, drops_components
 from airtune.deploy.jobs import Turn
 from airtune.errors import NoResultError
 from airtune.lora import own_tensors, with_own
@@ -34,6 +34,7 @@ def take_turn(trainer: Trainer, job: TrainingJob, seed: int) -> Turn:
     rng = stream(seed, "compressor", job.round, task.client, job.cycle)
     sent, start = task.send.take(local), task.send.take(base)
     payload, memory = task.compressor.encode(task.send, sent, start, job.memory, rng)
-    arrives = task.compressor.decode(task.send, payload, start)
-    reports = {**trained.reports, **drop_reports(task.compressor, sent, arrives)}
+    reports = dict(trained.reports)
+    if drops_components(task.compressor):  # only then a device has to know what arrives
+        reports |= drop_reports(task.compressor, sent, task.compressor.decode(task.send, payload, start))
     return Turn(payload, {**memory, **own_tensors(task.train, task.send, trained.values)}, reports)
