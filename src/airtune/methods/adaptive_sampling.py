@@ -289,12 +289,12 @@ class AdaptiveSampling:
         return decision, notes
 
     def _expected_bits(self, decision: Decision, kept: Ints, seen: Observation, work: LocalWork) -> float:
-        """Return the uplink bits of a round, the mean over cohorts."""
+        """Return the uplink bits of a round, the mean over cohorts: those of a size are the same for all clients."""
         sketching, total = Sketching(self.scope, self.download), 0.0
-        sizes = [sketching.sized(seen.shape, int(k)) for k in kept]
-        for client in np.flatnonzero(decision.probability).tolist():
-            task = work.task(client, sizes[decision.choice[client]], seen)
-            total += decision.probability[client] * float(seen.costs.uplink_bits(task))
+        for choice in np.unique(decision.choice[decision.probability > 0.0]).tolist():
+            chosen = decision.choice == choice
+            task = work.task(int(chosen.argmax()), sketching.sized(seen.shape, int(kept[choice])), seen)
+            total += float(decision.probability[chosen].sum()) * float(seen.costs.uplink_bits(task))
         return total
 
     def _answer(self, problem: JointProblem, gradients: Floats, final: bool) -> JointAnswer:
