@@ -96,8 +96,9 @@ def test_what_is_not_known_is_null_with_a_reason() -> None:
         assert spent["privacy"]["clients"]["epsilon"] is None
         assert "dp-accounting" in spent["privacy"]["clients"]["reason"]
     training = {"privacy": {"noise_multiplier": 0.8}}
-    spent = privacy_spent(experiment({"name": "hierfedlora"}, training=training), EXAMPLES, LINES, Accountant())
-    assert spent["privacy"]["examples"]["epsilon"] is None and "cycles" in spent["privacy"]["examples"]["reason"]
+    for method in ({"name": "hierfedlora"}, {"name": "staleness", "method": "hierfedlora"}):
+        spent = privacy_spent(experiment(method, training=training), EXAMPLES, LINES, Accountant())
+        assert spent["privacy"]["examples"]["epsilon"] is None and "cycles" in spent["privacy"]["examples"]["reason"]
 
 
 def test_a_private_run_writes_and_shows_what_it_spent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,10 +38,10 @@ def check_combination(model: ModelConfig, method: Any, name: str) -> None:
         adapters, whose product means nothing, where anything but averages of factors is made; MoLE, whose gates a merge
         would lose, where anything is merged into the base; and a method made for one kind of adapter with another.
     """
-    pushed = False  # by an optimizer of the server, which merges what it adds
-    while hasattr(method, "method"):  # a wrapper
-        pushed |= isinstance(method, FedOpt) and redraws(method.method)
-        method = method.method
+    layers = list(layers_of(method))
+    # an optimizer of the server merges what it adds
+    pushed = any(isinstance(layer, FedOpt) and redraws(layer.method) for layer in layers)
+    method = layers[-1]
     trained = trained_factors(method)
     if model.adapter == "bottleneck":
         _check_averages(method, name)
@@ -96,6 +96,15 @@ def _check_averages(method: Any, name: str) -> None:
         raise InputError(
             "training.optimizer: bottleneck adapters have no product B A to follow; valid: adamw, sgd, lora-plus"
         )
+
+
+def layers_of(method: Any) -> Iterator[Any]:
+    """Yield a method, and those that it wraps; the last one wraps none."""
+    while True:
+        yield method
+        if not hasattr(method, "method"):
+            return
+        method = method.method
 
 
 def rules_of(method: Any) -> Iterator[Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from airtune.aggregation.privacy import ClientPrivacy, epsilon
 from airtune.devices.availability import Always
 from airtune.errors import InputError
-from airtune.experiment.combinations import rules_of
+from airtune.experiment.combinations import layers_of, rules_of
 from airtune.experiment.config import Experiment
 from airtune.methods.hierfedlora import HierFedLoRA
 from airtune.scheduling.sampling import Independent
@@ -37,9 +37,7 @@ def privacy_spent(
         probability, delta -> epsilon.
     """
     played, found = [line for line in lines if line["round"] > 0], Plain()
-    method: Any = experiment.method
-    while hasattr(method, "method"):
-        method = method.method
+    *_, method = layers_of(experiment.method)
     rule = next((r for r in rules_of(method) if isinstance(r, ClientPrivacy)), None)
     if rule is not None:
         found["clients"] = _of_clients(experiment, rule, examples, played, account)
@@ -66,7 +64,7 @@ def _of_examples(
     experiment: Experiment, noise: SamplePrivacy, examples: Sequence[int], played: Sequence[Any], account: Accountant
 ) -> Plain:
     """Return the budget of the client that spent most; its rounds are those in which its update arrived."""
-    if isinstance(experiment.method, HierFedLoRA):
+    if any(isinstance(layer, HierFedLoRA) for layer in layers_of(experiment.method)):
         return {"epsilon": None, "reason": "groups train several cycles in a round, which are not counted here"}
     worst: Plain = {"epsilon": 0.0, "reason": "nobody's update arrived"}
     for count, rounds in sorted(_shares(examples, played)):
