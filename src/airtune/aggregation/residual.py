@@ -71,7 +71,7 @@ class ResidualMerge:
             return model
         adapter = _mean(model, outcome, self.weights, self.absent)
         found = contributions(model, updates, outcome, self.weights, self.absent)
-        common = {slot: _common(slot, outcome.updates) for slot in found}
+        common = {slot: _common(slot, updates) for slot in found}
         additions = {slot: _residual(part, adapter.factors[slot], common[slot]) for slot, part in found.items()}
         restarted = {slot: _restarted(adapter.factors[slot], kept) for slot, kept in common.items()}
         adapter = adapter.with_factors({**adapter.factors, **restarted})
