@@ -169,4 +169,8 @@ def enter(group: Path, process: int) -> None:
 
 
 def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    except subprocess.CalledProcessError as error:
+        error.add_note(error.stderr.strip())
+        raise

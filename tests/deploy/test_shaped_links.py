@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +43,13 @@ def load() -> ModuleType:
 
 
 net = load()
-REASON = net.why_not()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"{REASON}")
+pytestmark = pytest.mark.slow  # and timed: not for a machine with other work
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_where_links_can_be_shaped() -> None:
+    if reason := net.why_not():
+        pytest.skip(reason)
 
 
 def namespaces() -> list[str]:
@@ -62,7 +68,7 @@ def seconds(links: object, source: str, target: str, host: str, size: int) -> fl
 
 def test_a_transfer_takes_what_its_rate_says() -> None:
     before = namespaces()
-    with net.Links(2, prefix="atpvm-test") as links:
+    with net.Links(2) as links:
         links.shape(0, up=2e6, down=8e6)
         links.shape(1, up=16e6, down=8e6)
         for device, rate, size in ((0, 2e6, 500_000), (1, 16e6, 2_000_000)):
@@ -81,7 +87,7 @@ def test_a_transfer_takes_what_its_rate_says() -> None:
 def test_a_quota_slows_and_is_removed() -> None:
     code = "import time; a = time.process_time(), time.perf_counter()\nwhile time.process_time() - a[0] < 0.2: pass\n"
     code += "print(time.perf_counter() - a[1])"
-    with net.Quotas("atpvm-test-quota") as quotas:
+    with net.Quotas(f"atpvm-{os.getpid()}-quota") as quotas:
         group = quotas.group("slow", 0.2)
         took = subprocess.check_output(
             ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$0" -c "$1"', sys.executable, code], text=True
