@@ -109,6 +109,7 @@ ROWS = [
     Row("fedra", FedRA(least_layers=2, outside="absent", weights="uniform", cohort_size=1)),
     Row("fedopt", FedOpt(), {"seed": FULL}),
     Row("fedopt", FedOpt(Composed(Separate(Uniform(1)), FrozenA()), rule="momentum", learning_rate=0.5)),
+    Row("fedopt", FedOpt(FLoRA(), second_moment="tensor"), {"seed": FULL}, exact=False),
     Row("fedsa-lora", FedSALoRA(cohort_size=1)),
     Row("fedsa-lora", FedSALoRA(shared="B"), {"seed": FULL}),
     Row("fedsvd", FedSVD(cohort_size=1), exact=False),

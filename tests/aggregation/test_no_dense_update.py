@@ -58,8 +58,9 @@ def test_wrappers_of_exact_rules_make_none_either(name: str) -> None:
     assert watched(ClientPrivacy(inner=AGGREGATORS["refactoring"]())) == []
 
 
-def test_momentum_on_products_makes_none_while_its_rank_is_small() -> None:
-    method = FedOpt(Composed(aggregator=AGGREGATORS["stacking"]()), rule="momentum", learning_rate=0.5)
+@pytest.mark.parametrize("rule", ["momentum", "adam"])
+def test_a_step_on_products_makes_none_while_its_rank_is_small(rule: Any) -> None:
+    method = FedOpt(Composed(aggregator=AGGREGATORS["stacking"]()), rule=rule, second_moment="tensor")
     model = prepared(method, ServerModel(random_adapter(1)))
     with Watch() as watch:
         method.aggregate(method.init(model, None), model, round_of(model, (3, 1, 2)))  # type: ignore[arg-type]

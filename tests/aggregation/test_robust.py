@@ -18,7 +18,7 @@ from airtune.aggregation.privacy import ClientPrivacy, epsilon
 from airtune.aggregation.registry import AGGREGATORS
 from airtune.aggregation.residual import ResidualMerge, RidgeCorrection
 from airtune.aggregation.robust import CoordinateMedian, NormClipping, StalenessWeights, TrimmedMean, Wrapper
-from airtune.aggregation.server_optimizer import Moment, ServerStep
+from airtune.aggregation.server_optimizer import Moment, ServerStep, stepped
 from airtune.aggregation.stacking import EnergyThreshold, Stacking
 from airtune.aggregation.truncation import PrincipalSplit, Refactoring, Truncation
 from airtune.errors import InputError
@@ -271,6 +271,18 @@ def test_server_steps_are_those_of_the_paper(rule: str) -> None:
         assert adapter.factors["layer0.q"].A[1, 3].item() == pytest.approx(value, rel=1e-12)
 
 
+def test_a_second_moment_of_a_whole_tensor_is_the_mean_of_its_squares() -> None:
+    adapter = random_adapter(2)
+    after = stepped(adapter, adapter, lambda _, old, __: old + torch.linspace(0.1, 0.5, old.numel()).reshape(old.shape))
+    step = ServerStep("adam", learning_rate=0.1, beta1=0.0, beta2=0.9, adaptivity=0.01, second_moment="tensor")
+    moved, moment = step(adapter, after, Moment())
+    old, new = adapter.factors["layer0.q"].A.double(), after.factors["layer0.q"].A.double()
+    v = 0.9 * 0.01**2 + 0.1 * (new - old).square().mean()
+    torch.testing.assert_close(moment.second["A/layer0.q"], v, check_dtype=False)
+    wanted = old + 0.1 * (new - old) / (v.sqrt() + 0.01)
+    torch.testing.assert_close(moved.factors["layer0.q"].A.double(), wanted)
+
+
 def test_momentum_without_memory_at_rate_one_is_the_method_itself() -> None:
     world = SyntheticWorld(make_fleet(7))
     plain, wrapped = Composed(), FedOpt(rule="momentum", learning_rate=1.0, beta1=0.0)
@@ -283,10 +295,11 @@ def test_momentum_without_memory_at_rate_one_is_the_method_itself() -> None:
         assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_methods_that_change_the_basis_are_refused_under_adaptive_steps() -> None:
+def test_methods_that_change_the_basis_are_refused_where_single_values_need_a_mean_square() -> None:
     for rule in ("adam", "yogi", "adagrad"):
         with pytest.raises(InputError, match="basis"):
             FedOpt(method=FlexLoRA(), rule=rule)  # type: ignore[arg-type]
+        FedOpt(method=FlexLoRA(), rule=rule, second_moment="tensor")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="basis"):
         FedOpt(method=Composed(aggregator=NormClipping(inner=Refactoring())))
     assert redraws(Stacking()) and not redraws(Mean())

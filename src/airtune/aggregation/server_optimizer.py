@@ -14,12 +14,17 @@ if TYPE_CHECKING:
 
 Rule = Literal["momentum", "adam", "yogi", "adagrad"]
 RULES: tuple[Rule, ...] = ("momentum", "adam", "yogi", "adagrad")
+SecondMoment = Literal["value", "tensor"]
+SECOND_MOMENTS: tuple[SecondMoment, ...] = ("value", "tensor")
 Moments = Mapping[str, "Tensor"]
 
 
 @dataclass(frozen=True)
 class Moment:
-    """First and second moment of every tensor of the adapter, by name; empty before the first step."""
+    """First and second moment of every tensor of the adapter, by name; empty before the first step.
+
+    A second moment is one value for each value of its tensor, or one for the tensor.
+    """
 
     first: Moments = field(default_factory=dict[str, "Tensor"])
     second: Moments = field(default_factory=dict[str, "Tensor"])
@@ -37,6 +42,8 @@ class ServerStep:
     ----------
     rule : "momentum", "adam", "yogi" or "adagrad".
     learning_rate : eta. beta1, beta2 : decay of the moments. adaptivity : tau.
+    second_moment : whether every value has its own d^2 ("value", the paper's), or every tensor one, the mean of its d^2
+        ("tensor"; ours), which a factored product has too.
     """
 
     rule: Rule = "adam"
@@ -44,11 +51,14 @@ class ServerStep:
     beta1: float = 0.9
     beta2: float = 0.99
     adaptivity: float = 1e-3
+    second_moment: SecondMoment = "value"
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
         if self.rule not in RULES:
             raise unknown_name("method.rule", self.rule, RULES)
+        if self.second_moment not in SECOND_MOMENTS:
+            raise unknown_name("method.second_moment", self.second_moment, SECOND_MOMENTS)
         if not (self.learning_rate > 0 and self.adaptivity > 0 and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise InputError(
                 f"method.learning_rate, method.adaptivity, method.beta1, method.beta2: {self.learning_rate:g}, "
@@ -63,15 +73,22 @@ class ServerStep:
         def step(name: str, old: Tensor, new: Tensor) -> Tensor:
             change = new.double() - old.double()
             m = moment.first.get(name, change.new_zeros(change.shape))
-            v = moment.second.get(name, change.new_zeros(change.shape) + self.adaptivity**2)
             first[name] = self.beta1 * m + (1 - self.beta1) * change
-            second[name] = self._second(v, change.square())
-            scale = 1.0 if self.rule == "momentum" else second[name].sqrt() + self.adaptivity
-            return (old.double() + self.learning_rate * first[name] / scale).to(old.dtype)
+            square = change.square()
+            second[name] = self.second(
+                moment.second.get(name), square if self.second_moment == "value" else square.mean()
+            )
+            return (old.double() + self.learning_rate * first[name] / self.divisor(second[name])).to(old.dtype)
 
         return stepped(before, after, step), Moment(first, second)
 
-    def _second(self, v: Tensor, square: Tensor) -> Tensor:
+    def divisor(self, second: Tensor) -> Tensor:
+        """Return what the first moment is divided by: ``sqrt(v) + tau``, one for "momentum"."""
+        return second.new_ones(()) if self.rule == "momentum" else second.sqrt() + self.adaptivity
+
+    def second(self, earlier: Tensor | None, square: Tensor) -> Tensor:
+        """Return the second moment v after a step with these d^2; `earlier` is None before the first."""
+        v = square.new_full(square.shape, self.adaptivity**2) if earlier is None else earlier
         if self.rule == "adam":
             return self.beta2 * v + (1 - self.beta2) * square
         if self.rule == "yogi":

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from airtune.aggregation.declaring import redraws, reshaped, weakens_products
-from airtune.aggregation.product_momentum import step_on_products
-from airtune.aggregation.server_optimizer import Moment, Rule, ServerStep
+from airtune.aggregation.product_step import step_on_products
+from airtune.aggregation.server_optimizer import Moment, Rule, SecondMoment, ServerStep
 from airtune.errors import InputError
 from airtune.federation import prepared
 from airtune.lora import AdapterShape
@@ -44,15 +44,15 @@ class FedOpt:
 
     Departures. The pseudo-gradient is that of A, B, cores and head, each tensor on its own; what such a method merges
     into the base (FedEx-LoRA) is merged as it is. Methods that draw their adapter anew or take its basis from an SVD
-    have no such gradient: "momentum" follows the change of their products, and merges what it adds into the base
-    (`airtune.aggregation.product_momentum`); the other rules divide by the square root of a mean square of single
-    values, which a factored product does not have, and are refused.
+    have no such gradient: there the optimizer follows the change of their products, and merges what it adds into the
+    base (`airtune.aggregation.product_step`). The adaptive rules' mean square of single values is dense there, so
+    that ``second_moment = "tensor"`` has to be asked for: one mean square for each module.
 
     Parameters
     ----------
     method : the wrapped method; by default FedIT without a limit on the cohort.
     rule : "momentum" (FedAvgM), "adam", "yogi" or "adagrad".
-    learning_rate, beta1, beta2, adaptivity : of the server's optimizer.
+    learning_rate, beta1, beta2, adaptivity, second_moment : of the server's optimizer (`ServerStep`).
     """
 
     method: Method[Any] = field(default_factory=Composed)
@@ -61,6 +61,7 @@ class FedOpt:
     beta1: float = 0.9
     beta2: float = 0.99
     adaptivity: float = 1e-3
+    second_moment: SecondMoment = "value"
 
     arxiv: ClassVar[str] = "2003.00295"
     citation: ClassVar[str] = """@inproceedings{reddi2021fedopt,
@@ -73,18 +74,18 @@ class FedOpt:
 }"""
 
     def __post_init__(self) -> None:
-        """Check the optimizer's fields, and that the wrapped method keeps its coordinates."""
-        _ = self.step
-        if redraws(self.method) and self.rule != "momentum":
+        """Check the optimizer's fields, and that single values have a gradient if the rule wants them."""
+        step = self.step
+        if redraws(self.method) and step.rule != "momentum" and step.second_moment == "value":
             raise InputError(
-                f"method.rule: {type(self.method).__name__} changes the adapter's basis every round, so that single "
-                f"values have no gradient for {self.rule}; valid: momentum, or a method whose adapter goes on"
+                f"method.second_moment: {type(self.method).__name__} changes the adapter's basis every round, so that "
+                f'single values have no mean square for {step.rule}; valid: "tensor" (or method.rule = "momentum")'
             )
 
     @property
     def step(self) -> ServerStep:
         """Return the server's optimizer."""
-        return ServerStep(self.rule, self.learning_rate, self.beta1, self.beta2, self.adaptivity)
+        return ServerStep(self.rule, self.learning_rate, self.beta1, self.beta2, self.adaptivity, self.second_moment)
 
     @property
     def weakens_products(self) -> bool:

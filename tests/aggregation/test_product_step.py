@@ -1,4 +1,4 @@
-"""Momentum of the server on products: the closed form, over rules that merge, redraw or truncate."""
+"""The server's optimizer on products: the closed form, over rules that merge, redraw or truncate."""
 
 from __future__ import annotations
 
@@ -34,9 +34,11 @@ def named(rule: object) -> str:
     return type(rule).__name__
 
 
-def play(rule: Any, rate: float, memory: float, rounds: int = 4) -> list[tuple[ServerModel, ServerModel, ServerModel]]:
+def play(
+    rule: Any, rate: float, memory: float, rounds: int = 4, step: str = "momentum", **other: Any
+) -> list[tuple[ServerModel, ServerModel, ServerModel]]:
     """Return (before, after the rule alone, after the step) of some rounds."""
-    method = FedOpt(Composed(aggregator=rule), rule="momentum", learning_rate=rate, beta1=memory)
+    method = FedOpt(Composed(aggregator=rule), rule=step, learning_rate=rate, beta1=memory, **other)  # type: ignore[arg-type]
     model = prepared(rule, ServerModel(random_adapter(3)))
     state, found = method.init(model, None), []  # type: ignore[arg-type]
     for number in range(rounds):
@@ -63,6 +65,28 @@ def test_the_weight_moves_by_the_momentum_of_its_changes(rule: Any) -> None:
                 assert torch.equal(one.A, other.A) and torch.equal(one.B, other.B)  # the rule's own adapter stays
     if isinstance(rule, Stacking):
         assert any(isinstance(part, DenseUpdate) for part in rounds[-1][2].base_update.values())
+
+
+def second_moment(step: str, v: float, square: float) -> float:
+    if step == "yogi":
+        return v - 0.1 * square * float(torch.sign(torch.tensor(v - square)))
+    return 0.9 * v + 0.1 * square if step == "adam" else v + square
+
+
+@pytest.mark.parametrize("step", ["adam", "yogi", "adagrad"])
+@pytest.mark.parametrize("rule", RULES, ids=named)
+def test_adaptive_steps_divide_by_the_mean_square_of_each_product(rule: Any, step: str) -> None:
+    rate, memory, tau = 0.02, 0.6, 0.01
+    rounds = play(rule, rate, memory, step=step, beta2=0.9, adaptivity=tau, second_moment="tensor")
+    for slot in SIZES:
+        momentum, v = torch.zeros(1, dtype=torch.float64), tau**2
+        for before, plain, after in rounds:
+            change = effective(plain, slot) - effective(before, slot)
+            momentum = memory * momentum + (1 - memory) * change
+            v = second_moment(step, v, float(change.double().square().mean()))
+            wanted = effective(before, slot) + rate * momentum / (v**0.5 + tau)
+            assert relative(effective(after, slot) - wanted, wanted) < 1e-6
+            assert relative(wanted - effective(plain, slot), wanted) > 1e-3  # the step is visible
 
 
 @pytest.mark.parametrize("rule", RULES, ids=named)

@@ -1,12 +1,15 @@
-"""Momentum of the server for rules that draw their adapter anew, merge, or take its basis from an SVD.
+"""The server's optimizer for rules that draw their adapter anew, merge, or take its basis from an SVD.
 
 The factors of such a rule have no change that a later round could go on with; the product has. With the change of a
 module's weight in a round, ``D_t`` = (merged + adapter) after - before,
 
-    m_t = b1 m_{t-1} + (1 - b1) D_t,    weight_t = weight_{t-1} + eta m_t.
+    m_t = b1 m_{t-1} + (1 - b1) D_t,    weight_t = weight_{t-1} + eta_t m_t,
 
-The rule's own adapter stays as it is, and ``eta m_t - D_t`` is merged into the base beside it. Everything is factored,
-dense once the summed rank reaches the layer's size, as merges are (`airtune.lora.merge`).
+where ``eta_t`` is the learning rate, divided by ``sqrt(v_t) + tau`` under an adaptive rule; v_t is one number for each
+module, from the mean of the squares of D_t's values, which its factors give.
+
+The rule's own adapter stays as it is, and ``eta_t m_t - D_t`` is merged into the base beside it. Everything is
+factored, dense once the summed rank reaches the layer's size, as merges are (`airtune.lora.merge`).
 """
 
 from __future__ import annotations
@@ -28,21 +31,26 @@ if TYPE_CHECKING:
 def step_on_products(
     step: ServerStep, before: ServerModel, after: ServerModel, moment: Moment
 ) -> tuple[ServerModel, Moment]:
-    """Return the model after a step with momentum along the change of the products, and the new moments.
+    """Return the model after a step along the change of the products, and the new moments.
 
     The head takes the step on its own values. What has to be merged beyond the rule's merges is charged to clients as
     such: its factors, or the dense update where that is less [choice; clients that hold every merge could compute it].
 
     Parameters
     ----------
-    step : whose rule is "momentum". before, after : around the method's own aggregation.
+    step : whose rule is "momentum", or whose second moment is one of each tensor.
+    before, after : around the method's own aggregation.
     """
-    base, kept, bits = dict(after.base_update), dict[str, "Tensor"](), 0
+    base, bits = dict(after.base_update), 0
+    kept, squares = dict[str, "Tensor"](), dict[str, "Tensor"]()
     for module in after.adapter.placement:
         change, old, share = _change(before, after, module), _stored(moment, module), 1.0 - step.beta1
         if (first := _sum(_scaled(old, step.beta1), _scaled(change, share))) is not None:
             kept |= _tensors(module, first)
-        rate = step.learning_rate
+        second = step.second(moment.second.get(f"product/{module}"), _mean_square(change))
+        if step.rule != "momentum":
+            squares[f"product/{module}"] = second
+        rate = step.learning_rate / float(step.divisor(second))
         missing = _sum(_scaled(old, rate * step.beta1), _scaled(change, rate * share - 1.0))
         if missing is not None:
             base[module] = _merged(base.get(module), missing)
@@ -51,7 +59,19 @@ def step_on_products(
     charged = {**after.merged_bits, after.version: after.merged_bits.get(after.version, 0) + bits}
     adapter = replace(after.adapter, extras=heads.extras)
     model = replace(after, adapter=adapter, base_update=base, merged_bits=charged if bits else after.merged_bits)
-    return model, Moment({**kept, **head_moment.first}, head_moment.second)
+    return model, Moment({**kept, **head_moment.first}, {**squares, **head_moment.second})
+
+
+def _mean_square(change: MergedUpdate | None) -> Tensor:
+    """Return the mean of the squares of a product's values, double, without forming a factored one."""
+    import torch
+
+    if change is None:
+        return torch.zeros((), dtype=torch.float64)
+    if isinstance(change, DenseUpdate):
+        return change.matrix.double().square().mean()
+    norm = change.frobenius_norm()
+    return torch.tensor(norm**2 / (change.in_features * change.out_features), dtype=torch.float64)
 
 
 def _change(before: ServerModel, after: ServerModel, module: str) -> MergedUpdate | None:
