@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 from scipy.optimize import minimize
 
-from airtune.solvers.joint_problem import JointProblem, Judge
+from airtune.solvers.joint_problem import Decision, JointProblem, Judge
 from airtune.solvers.round_bound import FORMS, RoundModel
 from airtune.solvers.sampling_time import Scenarios, every_cohort, expected_seconds
 
@@ -132,24 +132,21 @@ def true_optimum(problem: JointProblem, starts: tuple[float, ...] = (-1e-3, -0.7
 # --------------------------------------------------------------------------------------------------------- sizes alone
 
 
-def best_common_probability(problem: JointProblem, judge: Judge, points: int = 12) -> float:
+def best_common_probability(problem: JointProblem, judge: Judge, points: int = 12) -> Decision:
     """Return the least time with one q for everyone: threshold sizes first, then one client's size at a time."""
     used = problem.weight > 0.0
-    best, point = np.inf, (1.0, np.zeros(problem.size, dtype=np.int64))
+    tried: list[Decision] = []
     for threshold in np.quantile(problem.compute[problem.allowed], np.linspace(0.0, 1.0, 6)):
         may = problem.allowed & (problem.compute <= threshold)
         largest = may.shape[1] - 1 - may[:, ::-1].argmax(axis=1)
         choice = np.where(may.any(axis=1), largest, problem.allowed.argmax(axis=1)).astype(np.int64)
         for q in np.geomspace(0.5 / problem.size, 1.0, points).tolist():
-            total = judge.decision(used * q, choice).total_seconds
-            if total < best:
-                best, point = total, (q, choice)
-    q, choice = point
+            tried.append(judge.decision(used * q, choice))
+    best = min(tried, key=lambda found: found.total_seconds)
     for client in np.flatnonzero(used).tolist():
         for size in np.flatnonzero(problem.allowed[client]).tolist():
-            tried = choice.copy()
-            tried[client] = size
-            total = judge.decision(used * q, tried).total_seconds
-            if total < best:
-                best, choice = total, tried
+            sizes = best.choice.copy()
+            sizes[client] = size
+            found = judge.decision(best.probability, sizes)
+            best = found if found.total_seconds < best.total_seconds else best
     return best

@@ -265,21 +265,30 @@ def test_never_worse_than_any_baseline_on_a_few_fleets(seed: int) -> None:
 
 
 def never_worse(problem: JointProblem) -> None:
-    """`q-only` is solved with every branch and the descent, `k-only` with a search over single sizes."""
-    judge = Judge.of(problem, 256)
+    """Judged on cohorts of their own, which nobody was chosen by.
+
+    Stronger than the baselines: `q-only` solved with every branch and the descent, `k-only` with a search over single
+    sizes. The descent has local minima (as theirs has), so that it may miss those by a little.
+    """
+    judge, fresh = Judge.of(problem), Judge.of(problem, 16_384, seed=7)
     gradients = np.random.default_rng(problem.size).uniform(0.5, 2.0, problem.size)
-    ours = solve(problem, baselines=False, scenarios=256)
+    ours = solve(problem, baselines=False)
     assert set(ours.candidates) == set(OURS)
-    theirs = {n: found.total_seconds for n, found in baseline_decisions(problem, judge, gradients).items()}
-    assert "full" in theirs
-    assert theirs["q-only"] <= min(theirs[name] for name in ("full", "uniform", "weighted", "statistical"))
+    theirs = dict(baseline_decisions(problem, judge, gradients))
+    seconds = {name: found.total_seconds for name, found in theirs.items()}
+    assert seconds["q-only"] <= min(seconds[name] for name in ("full", "uniform", "weighted", "statistical"))
     largest = problem.allowed.shape[1] - 1 - problem.allowed[:, ::-1].argmax(axis=1)
     for name, q in {"1/N": np.full(problem.size, 1 / problem.size), "a": problem.weight}.items():
-        theirs[name] = judge.decision(q, largest).total_seconds  # as published, not scaled
-    theirs["q-only, solved"] = solve(problem.with_full_size(), baselines=False, scenarios=256).solution.objective
-    theirs["k-only, solved"] = best_common_probability(problem, judge)
-    for name, seconds in theirs.items():
-        assert ours.solution.objective <= seconds * (1 + 1e-9), name
+        theirs[name] = judge.decision(q, largest)  # as published, not scaled
+    strong = {
+        "q-only": solve(problem.with_full_size(), baselines=False).decision,
+        "k-only": best_common_probability(problem, judge),
+    }
+    mine = fresh.decision(*decision_of(ours)).total_seconds
+    for name, found in theirs.items():
+        assert mine <= fresh.decision(found.probability, found.choice).total_seconds * (1 + 1e-6), name
+    for name, found in strong.items():
+        assert mine <= fresh.decision(found.probability, found.choice).total_seconds * (1 + 3e-3), name
 
 
 @pytest.mark.parametrize("form", ["V", "S", "V+S"])

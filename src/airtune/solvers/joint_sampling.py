@@ -13,8 +13,9 @@ is not convex and E[T] has no closed form. Three branches replace it by somethin
 * "slowest": from the better of these, descent on R U2, ``U2 = E[max tau] + sum q_n t_n / f``, by its gradient, which
   has a closed form.
 
-The best of them, judged by E[T] itself, starts a descent on R E[T] ("polish"). Decisions, bounds and branches are our
-reading of arXiv 2505.23555, whose abstract names the decisions and no algorithm [choice].
+From each of them, and from the first two with the largest sizes for everyone, a descent on R E[T] sets out, and goes on
+from where it got furthest ("polish"): E[T] has several local minima. Decisions are judged by E[T] itself. Decisions,
+bounds and branches are our reading of arXiv 2505.23555, whose abstract names the decisions and no algorithm [choice].
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from airtune.solvers.sampling_time import empty_seconds, expected_slowest
 from airtune.solvers.solution import Solution
 
 THRESHOLDS = 64
-POLISH_EVALUATIONS = 2000
+POLISH_EVALUATIONS = 4000
 _COARSE = 24
 _DESCENT_STEPS = 12
 _STEPS = (1.0, 0.5, 0.25, 0.1)
@@ -91,7 +92,7 @@ def solve(
     ----------
     baselines : whether uniform, weighted, statistical, full, q-only and k-only are candidates too; None: all of them
         up to 1,000 clients, uniform alone above.
-    polish_evaluations : budget of the descent on the mean time, in evaluations of E[T]; 0: none; None: 2,000, and none
+    polish_evaluations : budget of the descents on the mean time, in evaluations of E[T]; 0: none; None: 4,000, and none
         above 1,000 clients. Host time plays no role, so that equal problems have equal answers.
     scenarios : cohorts over which E[T] is taken, see `Judge.of`.
     dissimilarity : [clients], G_n, for the statistical baseline; None: 1.
@@ -108,7 +109,8 @@ def solve(
     if budget is None:
         budget = POLISH_EVALUATIONS if problem.size <= EXACT_CLIENTS else 0
     if budget > 0:
-        candidates["polish"] = polish(problem, judge, min(candidates.values(), key=_seconds), budget, seed + 1)
+        starts = [*candidates.values(), *_with_largest_sizes(problem, judge)]
+        candidates["polish"] = _polished(problem, judge, starts, budget, seed + 1)
     theirs: dict[str, Decision] = {}
     if baselines or (baselines is None and problem.size <= EXACT_CLIENTS):
         theirs = baseline_decisions(problem, judge, dissimilarity)
@@ -157,6 +159,20 @@ def deadline(problem: JointProblem, judge: Judge, thresholds: int = THRESHOLDS) 
     if not solver.largest:
         tried[best] = solver.at(float(grid[best]), None, thorough=True)
     return judge.decision(*tried[best][1:])
+
+
+def _with_largest_sizes(problem: JointProblem, judge: Judge) -> list[Decision]:
+    """Return what the first two branches decide if everyone has the largest size; nothing if that misses the target."""
+    full = problem.with_full_size()
+    first = additive(full, judge)
+    return [] if first is None else [first, deadline(full, judge)]
+
+
+def _polished(problem: JointProblem, judge: Judge, starts: list[Decision], budget: int, seed: int) -> Decision:
+    """Descend from every start with an equal part of half the budget, then from the best end with the other half."""
+    part = budget // (2 * len(starts))
+    ends = [polish(problem, judge, start, part, seed) for start in starts]
+    return polish(problem, judge, min(ends, key=_seconds), budget - part * len(starts), seed)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 from airtune.solvers.joint_problem import Array, Decision, Ints, JointProblem, Judge
 from airtune.solvers.sampling_time import RoundTimes, Scenarios
 
-MOST_SCENARIOS, FEWEST_SCENARIOS = 256, 32
-MEMBERS = 6000
+MOST_SCENARIOS, FEWEST_SCENARIOS = 512, 32
+MEMBERS = 12_000
 _POWERS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25)
 
 
@@ -59,7 +59,7 @@ def _power(probability: Array, exponent: float) -> Array:
 
 
 def _scenarios(probability: Array, seed: int) -> Scenarios:
-    """Return scenarios with about 6,000 members in all: large cohorts vary less, and cost more."""
+    """Return scenarios with about 12,000 members in all: large cohorts vary less, and cost more."""
     size = len(probability)
     if size <= 8:
         return Scenarios()
