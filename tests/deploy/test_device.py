@@ -40,6 +40,11 @@ CODE = "import sys; from airtune.cli import main; sys.exit(main())"
 TOKEN = "a-token-of-sufficient-length"
 
 
+def _hear_ctrl_c() -> None:
+    """Undo what a shell's background job passes on: SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass
 class Process:
     """A running `airtune device`."""
@@ -67,7 +72,9 @@ def start(folder: Path, experiment: Path, *options: str, name: str = "device") -
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with errors.open("w") as file:
         command = [sys.executable, "-c", CODE, "device", str(experiment), *options]
-        popen = subprocess.Popen(command, stderr=file, stdout=subprocess.DEVNULL, env=environment, text=True)
+        popen = subprocess.Popen(
+            command, stderr=file, stdout=subprocess.DEVNULL, env=environment, text=True, preexec_fn=_hear_ctrl_c
+        )
     process = Process(popen, "", errors)
     end = time.monotonic() + 240
     while "ready at" not in errors.read_text():

@@ -169,10 +169,16 @@ def _with_largest_sizes(problem: JointProblem, judge: Judge) -> list[Decision]:
 
 
 def _polished(problem: JointProblem, judge: Judge, starts: list[Decision], budget: int, seed: int) -> Decision:
-    """Descend from every start with an equal part of half the budget, then from the best end with the other half."""
-    part = budget // (2 * len(starts))
-    ends = [polish(problem, judge, start, part, seed) for start in starts]
-    return polish(problem, judge, min(ends, key=_seconds), budget - part * len(starts), seed)
+    """Descend from several starts with half of the budget, then from the best end with what is left.
+
+    As many of the best starts as can have a sweep over all clients each; where that is one, it has the whole budget.
+    """
+    used = problem.weight > 0.0
+    sweep = int(problem.allowed[used].sum() + used.sum())
+    chosen = sorted(starts, key=_seconds)[: max(1, budget // (2 * sweep))]
+    part = budget // (2 * len(chosen)) if len(chosen) > 1 else 0
+    ends = [polish(problem, judge, start, part, seed) if part else start for start in chosen]
+    return polish(problem, judge, min(ends, key=_seconds), budget - part * len(chosen), seed)
 
 
 @dataclass(frozen=True)
