@@ -25,6 +25,7 @@ from airtune.deploy.device.address import read_address
 from airtune.deploy.device.client import Device, DeviceError, RemoteTrainer
 from airtune.deploy.device.frames import MAGIC, receive, send
 from airtune.deploy.device.handshake import introduce, make_token, read_token
+from airtune.deploy.device.server import Server
 from airtune.deploy.device.work import fingerprint
 from airtune.deploy.jobs import pack_job, unpack_turn
 from airtune.deploy.turn import take_turn
@@ -348,6 +349,26 @@ def test_it_ends_cleanly_and_a_stale_socket_is_replaced(bench: Bench, folder: Pa
             assert again.end(number) == 0
             assert "ended after 1 jobs" in again.errors.read_text() and "Traceback" not in again.errors.read_text()
         assert not path.exists()
+
+
+def test_a_signal_that_another_thread_takes_ends_the_wait_too() -> None:
+    """A signal that the waiting thread takes just before it waits looks the same to it: nothing wakes it."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before, main = signal.signal(signal.SIGTERM, interrupted), threading.get_ident()
+    other = threading.Timer(0.3, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
+    rescue = threading.Timer(10.0, lambda: signal.pthread_kill(main, signal.SIGTERM))
+    began = time.monotonic()
+    try:
+        with socket.socket(socket.AF_UNIX) as listener, pytest.raises(KeyboardInterrupt):
+            other.start(), rescue.start()
+            Server(listener, lambda question: question, None, 1, print).serve()
+        assert time.monotonic() - began < 8.0
+    finally:
+        rescue.cancel()
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from airtune.deploy.device.handshake import greet
 from airtune.errors import InputError, NoResultError
 
 MOST_CLIENTS = 32
+LONGEST_WAIT = 1.0  # s without a look for signals: one that comes just before the wait, or to another thread, ends none
 PATIENCE = 30.0  # s that a client may pause in the middle of a frame
 
 Answer = Callable[[Frame], Frame]
@@ -55,7 +56,10 @@ class Server:
         """Answer until KeyboardInterrupt, which goes on to the caller."""
         threading.Thread(target=self._accept, daemon=True).start()
         while True:
-            question = self.questions.get()
+            try:
+                question = self.questions.get(timeout=LONGEST_WAIT)
+            except queue.Empty:
+                continue
             question.answer.put(self._answered(question.frame))
 
     def _answered(self, question: Frame) -> Frame:
