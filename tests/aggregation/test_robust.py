@@ -302,5 +302,7 @@ def test_methods_that_change_the_basis_are_refused_where_single_values_need_a_me
         FedOpt(method=FlexLoRA(), rule=rule, second_moment="tensor")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="basis"):
         FedOpt(method=Composed(aggregator=NormClipping(inner=Refactoring())))
+    with pytest.raises(InputError, match="basis"):
+        FedOpt(FedOpt(FlexLoRA(), rule="momentum"), rule="adam")
     assert redraws(Stacking()) and not redraws(Mean())
     FedOpt(method=Composed(aggregator=FrozenA()))

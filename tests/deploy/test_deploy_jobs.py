@@ -29,7 +29,7 @@ from airtune.deploy.jobs import (
 )
 from airtune.deploy.turn import take_turn
 from airtune.errors import InputError, NoResultError
-from airtune.lora import ONLY_A, AdapterSlice, DenseUpdate, LoraFactors, own_tensors
+from airtune.lora import ONLY_A, Adapter, AdapterSlice, DenseUpdate, LoraFactors, own_tensors
 from airtune.optimizers import GaLore
 from airtune.types import Compressor, LocalTraining, Payload, ServerModel, TailPenalty, Trained, TrainingJob
 from small_world import AddOne, make_adapter, make_task
@@ -166,6 +166,19 @@ def test_a_turn_codes_what_the_simulation_would(tmp_path: object) -> None:
     again = take_turn(AddOne(), replace(job, round=2, memory=first.memory), seed=0)
     name = next(name for name in first.memory if name.startswith("own/"))
     assert torch.equal(again.memory[name], first.memory[name] + 1.0)  # went on from its own, not from the server's
+
+
+class Unread(TopK):
+    """A codec whose payloads only the server reads."""
+
+    def decode(self, *_: object) -> Adapter:
+        raise AssertionError("a device decodes only where the codec drops components and says how much")
+
+
+def test_a_device_does_not_decode_what_it_sends() -> None:
+    adapter = make_adapter()
+    job = TrainingJob(make_task(1, adapter, compressor=Unread(0.5)), ServerModel(adapter), round=1)
+    assert take_turn(AddOne(), job, seed=0).payload.bits > 0
 
 
 def test_a_diverged_turn_is_no_result() -> None:

@@ -7,10 +7,12 @@ import pytest
 from scipy.optimize import minimize
 
 from airtune.errors import InputError
+from airtune.solvers import joint_sampling
 from airtune.solvers.joint_problem import JointProblem, Judge
 from airtune.solvers.joint_sampling import additive, deadline, least_seconds, slowest, solve
 from airtune.solvers.round_bound import FORMS, RoundModel, split_rounds
 from airtune.solvers.sampling_baselines import baseline_decisions, published_scan
+from airtune.solvers.sampling_polish import polish
 from airtune.solvers.sampling_probabilities import (
     Choices,
     _descend,
@@ -289,6 +291,34 @@ def never_worse(problem: JointProblem) -> None:
         assert mine <= fresh.decision(found.probability, found.choice).total_seconds * (1 + 1e-6), name
     for name, found in strong.items():
         assert mine <= fresh.decision(found.probability, found.choice).total_seconds * (1 + 3e-3), name
+
+
+def test_several_starts_find_what_the_best_one_misses() -> None:
+    problem = varied_fleet(36)
+    judge = Judge.of(problem)
+    several = solve(problem, baselines=False)
+    best = min(
+        additive(problem, judge), deadline(problem, judge), key=lambda decision: decision.total_seconds
+    )  # which `slowest` does not improve here
+    one = polish(problem, judge, best, 4000)
+    assert several.solution.objective < 0.98 * one.total_seconds
+
+
+def test_the_budget_is_split_among_starts_that_can_afford_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+
+    def recorded(_problem, _judge, start, budget, _seed):
+        given.append(budget)
+        return start
+
+    monkeypatch.setattr(joint_sampling, "polish", recorded)
+    problem = random_fleet(3, 12)
+    solve(problem, baselines=False, polish_evaluations=1000)
+    *parts, last = given
+    assert len(parts) > 1 and len(set(parts)) == 1 and sum(given) == 1000 and last >= 500
+    given.clear()
+    solve(problem, baselines=False, polish_evaluations=50)  # a sweep takes 60
+    assert given == [50]
 
 
 @pytest.mark.parametrize("form", ["V", "S", "V+S"])

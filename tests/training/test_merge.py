@@ -46,9 +46,7 @@ def test_transformers_alone_gives_the_same_logits(family, task, kind, tmp_path):
         base_update = {module: merge(None, random_adapter(model, 9).factors[module])}
     server = ServerModel(adapter, base_update)
     export_adapter(model, server, tmp_path / "adapter")
-    base = network(family, task)
-    base.config.pad_token_id = model.pad_token_id
-    base.save_pretrained(tmp_path / "base")
+    network(family, task).save_pretrained(tmp_path / "base")
     labels = [] if task == "causal-lm" else [f"class {n}" for n in range(model.num_labels)]
     config = ModelConfig(name=str(tmp_path / "base"), rank=4, task=task, adapter=kind)
     merge_adapter(tmp_path / "adapter", config, labels, tmp_path / "whole")
@@ -72,6 +70,20 @@ def test_the_command_merges_a_finished_run_and_only_into_a_new_folder(tmp_path, 
         assert main(["merge", *words]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "task", "whole"]
+
+
+def test_a_reader_that_cannot_write_leaves_nothing(tmp_path):
+    class Broken:
+        def save(self, folder):
+            raise OSError("full")
+
+    model = federated("bert")
+    export_adapter(model, ServerModel(random_adapter(model, 4)), tmp_path / "adapter")
+    network("bert").save_pretrained(tmp_path / "base")
+    config = ModelConfig(name=str(tmp_path / "base"), rank=4)
+    with pytest.raises(OSError, match="full"):
+        merge_adapter(tmp_path / "adapter", config, ["a", "b", "c"], tmp_path / "whole", reader=Broken())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_an_image_processor_is_written_beside_the_weights(tmp_path):

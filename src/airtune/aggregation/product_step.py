@@ -1,4 +1,4 @@
-"""The server's optimizer for rules that draw their adapter anew, merge, or take its basis from an SVD.
+"""The server's optimizer for rules that draw their adapter anew every round, or take its basis from an SVD.
 
 The factors of such a rule have no change that a later round could go on with; the product has. With the change of a
 module's weight in a round, ``D_t`` = (merged + adapter) after - before,

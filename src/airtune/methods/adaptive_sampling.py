@@ -123,7 +123,7 @@ class AdaptiveSampling:
     fixed_seconds : s added to every round in the plan. idle_seconds : what an empty round is assumed to cost, s (the
         cell's own `idle_seconds` is what it does cost).
     count_download : whether the plan counts the download.
-    polish_evaluations : budget of the solver's last descent; None: 2,000, none above 1,000 clients.
+    polish_evaluations : budget of the solver's descents on the mean time; None: 4,000, none above 1,000 clients.
     scope, download : of the sketches, as in FSLoRA.
     bandwidth : of the drawn cohort; "equal" is the ablation, and the solver then expects it.
     training, compressor : as for every method.

@@ -88,6 +88,11 @@ class FedOpt:
         return ServerStep(self.rule, self.learning_rate, self.beta1, self.beta2, self.adaptivity, self.second_moment)
 
     @property
+    def redraws(self) -> bool:
+        """Return whether the wrapped method changes the adapter's basis every round."""
+        return redraws(self.method)
+
+    @property
     def weakens_products(self) -> bool:
         """Return whether the wrapped method weakens stale changes as products."""
         return weakens_products(self.method)

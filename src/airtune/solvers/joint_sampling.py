@@ -13,8 +13,9 @@ is not convex and E[T] has no closed form. Three branches replace it by somethin
 * "slowest": from the better of these, descent on R U2, ``U2 = E[max tau] + sum q_n t_n / f``, by its gradient, which
   has a closed form.
 
-From each of them, and from the first two with the largest sizes for everyone, a descent on R E[T] sets out, and goes on
-from where it got furthest ("polish"): E[T] has several local minima. Decisions are judged by E[T] itself. Decisions,
+From each of them, and from the first two with the largest sizes for everyone, a descent on R E[T] sets out, as many of
+them as can have a sweep over all clients, and goes on from where it got furthest ("polish"): E[T] has several local
+minima. Decisions are judged by E[T] itself. Decisions,
 bounds and branches are our reading of arXiv 2505.23555, whose abstract names the decisions and no algorithm [choice].
 """
 
@@ -169,13 +170,14 @@ def _with_largest_sizes(problem: JointProblem, judge: Judge) -> list[Decision]:
 
 
 def _polished(problem: JointProblem, judge: Judge, starts: list[Decision], budget: int, seed: int) -> Decision:
-    """Descend from several starts with half of the budget, then from the best end with what is left.
+    """Descend from several starts with half of the budget, then from the best end with the other half.
 
     As many of the best starts as can have a sweep over all clients each; where that is one, it has the whole budget.
     """
+    distinct = {(start.probability.tobytes(), start.choice.tobytes()): start for start in starts}
     used = problem.weight > 0.0
     sweep = int(problem.allowed[used].sum() + used.sum())
-    chosen = sorted(starts, key=_seconds)[: max(1, budget // (2 * sweep))]
+    chosen = sorted(distinct.values(), key=_seconds)[: max(1, budget // (2 * sweep))]
     part = budget // (2 * len(chosen)) if len(chosen) > 1 else 0
     ends = [polish(problem, judge, start, part, seed) if part else start for start in chosen]
     return polish(problem, judge, min(ends, key=_seconds), budget - part * len(chosen), seed)

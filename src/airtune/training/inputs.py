@@ -96,10 +96,11 @@ def inputs_of(task: Task, config: Any, device: torch.device, dtype: torch.dtype)
     """
     if task == "image-classification":
         return PixelInputs(device, dtype)
-    return TokenInputs(device, _set_pad_token(config))
+    return TokenInputs(device, set_pad_token(config))
 
 
-def _set_pad_token(config: Any) -> int:
+def set_pad_token(config: Any) -> int:
+    """Return the padding token of a text model's configuration, which gets its end token if it has none."""
     if config.pad_token_id is None:
         end = config.eos_token_id
         config.pad_token_id = end[0] if isinstance(end, list) else (0 if end is None else end)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from airtune.errors import InputError
+from airtune.training.inputs import set_pad_token
 from airtune.training.loading import load_network, quiet
 from airtune.training.readers import Reader
 from airtune.training.shapes import ModelConfig
@@ -43,6 +44,8 @@ def merge_adapter(
         warnings.simplefilter("ignore")
         opened: Any = peft.PeftModel.from_pretrained(network, str(adapter))
         merged: Any = opened.merge_and_unload(safe_merge=True)
+    if config.task != "image-classification":
+        set_pad_token(merged.config)
     if labels:
         merged.config.id2label = dict(enumerate(labels))
         merged.config.label2id = {name: number for number, name in enumerate(labels)}

@@ -19,7 +19,9 @@ from airtune.deploy.device.handshake import greet
 from airtune.errors import InputError, NoResultError
 
 MOST_CLIENTS = 32
-LONGEST_WAIT = 1.0  # s without a look for signals: one that comes just before the wait, or to another thread, ends none
+LONGEST_WAIT = (
+    1.0  # s; then the wait is begun anew: a signal that comes just before it, or to another thread, does not end it
+)
 PATIENCE = 30.0  # s that a client may pause in the middle of a frame
 
 Answer = Callable[[Frame], Frame]
