@@ -14,7 +14,7 @@ from airtune.lora import Adapter, AdapterSlice, LoraFactors, lora_scaling, stack
 FACTORS = st.sampled_from([frozenset({"A", "B"}), frozenset({"A"}), frozenset({"B"})])
 
 
-def factors_of(rank, in_features, out_features, seed, scaling=1.0, *, core=False, magnitude=False):
+def factors_of(rank, in_features, out_features, seed, scaling=1.0, *, core=False):
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -25,7 +25,6 @@ def factors_of(rank, in_features, out_features, seed, scaling=1.0, *, core=False
         B=normal(out_features, rank),
         scaling=scaling,
         core=normal(rank, rank) if core else None,
-        magnitude=normal(out_features) if magnitude else None,
     )
 
 
@@ -44,15 +43,14 @@ def factor_sets(draw, *, max_rank=5):
 
 @st.composite
 def adapters(draw):
-    """Adapters of up to 4 layers; one slot may be shared by all layers; some have a core or a magnitude."""
+    """Adapters of up to 4 layers; one slot may be shared by all layers; some have a core."""
     layers, seed = draw(st.integers(1, 4)), draw(st.integers(0, 99))
     scaling = draw(st.sampled_from([0.25, 1.0, 2.0]))
     factors, placement, layer = {}, {}, {}
     for index in range(layers):
         name = f"layer.{index}.query"
         size = (draw(st.integers(1, 5)), draw(st.integers(1, 6)), draw(st.integers(1, 6)))
-        options = {"core": draw(st.booleans()), "magnitude": draw(st.booleans())}
-        factors[name] = factors_of(*size, seed + index, scaling, **options)
+        factors[name] = factors_of(*size, seed + index, scaling, core=draw(st.booleans()))
         placement[name], layer[name] = (name,), index
     if draw(st.booleans()):
         factors["shared"], layer["shared"] = factors_of(draw(st.integers(1, 4)), 3, 2, seed + 77, scaling), 0
@@ -89,8 +87,7 @@ def noisy(adapter, seed=5):
         return None if tensor is None else torch.rand(tensor.shape, generator=draw, dtype=tensor.dtype) + 10
 
     changed = {
-        name: LoraFactors(other(f.A), other(f.B), f.scaling, other(f.core), other(f.magnitude))
-        for name, f in adapter.factors.items()
+        name: LoraFactors(other(f.A), other(f.B), f.scaling, other(f.core)) for name, f in adapter.factors.items()
     }
     return replace(adapter, factors=changed, extras={name: other(t) for name, t in adapter.extras.items()})
 
@@ -208,7 +205,7 @@ def _owned(kind, rows, part, shape):
     """Return which entries of a slot's tensor the slice owns."""
     if kind in ("A", "B") and kind not in part.tensors:
         return torch.zeros(shape, dtype=torch.bool)
-    owned = {"A": rows[:, None], "B": rows[None, :], "core": torch.outer(rows, rows), "magnitude": rows.any()[None]}
+    owned = {"A": rows[:, None], "B": rows[None, :], "core": torch.outer(rows, rows)}
     return owned[kind].expand(shape)
 
 

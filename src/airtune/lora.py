@@ -38,14 +38,12 @@ class LoraFactors:
     B : [out_features, rank].
     scaling : the one factor in front of the product (alpha / rank, alpha / sqrt(rank), times rank / kept of a sketch).
     core : [rank, rank] or None (Fed-SB trains only this).
-    magnitude : [out_features] or None (DoRA's row norms).
     """
 
     A: Tensor
     B: Tensor
     scaling: float
     core: Tensor | None = None
-    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -74,7 +72,6 @@ class LoraFactors:
             B=self.B[:, components],
             scaling=self.scaling if scaling is None else scaling,
             core=None if self.core is None else self.core[components][:, components],
-            magnitude=self.magnitude,
         )
 
     def component_norms(self) -> Tensor:
@@ -103,7 +100,6 @@ class LoraFactors:
             B=self.B.to(dtype),
             scaling=self.scaling,
             core=None if self.core is None else self.core.to(dtype),
-            magnitude=None if self.magnitude is None else self.magnitude.to(dtype),
         )
 
     def at_least_single(self) -> LoraFactors:
@@ -195,7 +191,7 @@ class SlotShape:
     layer : position of the layer in the network, 0 next to the input. A slot shared by several layers has the lowest.
     modules : names of the modules that use it (one but for shared slots); FLOPs count each, bits count the slot once.
     scaling : the scaling of its factors.
-    core, magnitude : whether the optional tensors are there.
+    core : whether there is one.
     """
 
     rank: int
@@ -205,7 +201,6 @@ class SlotShape:
     modules: tuple[str, ...]
     scaling: float = 1.0
     core: bool = False
-    magnitude: bool = False
 
 
 @dataclass(frozen=True)
@@ -279,7 +274,6 @@ class Adapter:
                     modules=tuple(modules[name]),
                     scaling=f.scaling,
                     core=f.core is not None,
-                    magnitude=f.magnitude is not None,
                 )
                 for name, f in self.factors.items()
             },
@@ -300,14 +294,9 @@ class Adapter:
         return sum(products[1:], start=products[0])
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield (owner, kind, tensor): kind is "A", "B", "core", "magnitude" with a slot as owner, or "extra"."""
+        """Yield (owner, kind, tensor): kind is "A", "B", "core" with a slot as owner, or "extra"."""
         for name, factors in self.factors.items():
-            for kind, tensor in (
-                ("A", factors.A),
-                ("B", factors.B),
-                ("core", factors.core),
-                ("magnitude", factors.magnitude),
-            ):
+            for kind, tensor in (("A", factors.A), ("B", factors.B), ("core", factors.core)):
                 if tensor is not None:
                     yield name, kind, tensor
         for name, tensor in self.extras.items():
@@ -389,7 +378,7 @@ class AdapterSlice:
             if k == 0:
                 continue
             total += k * (slot.in_features * ("A" in self.tensors) + slot.out_features * ("B" in self.tensors))
-            total += k * k * slot.core + slot.out_features * slot.magnitude
+            total += k * k * slot.core
         return total
 
     def lowest_layer(self, shape: AdapterShape) -> int:
@@ -448,7 +437,7 @@ class AdapterSlice:
 
     def _put_slot(self, name: str, target: LoraFactors, values: LoraFactors) -> LoraFactors:
         indices = self.components[name]
-        a, b, core, magnitude = target.A, target.B, target.core, target.magnitude
+        a, b, core = target.A, target.B, target.core
         if "A" in self.tensors:
             a = a.clone()
             a[indices] = values.A.to(a)
@@ -458,9 +447,7 @@ class AdapterSlice:
         if core is not None and values.core is not None:
             core = core.clone()
             core[np.ix_(indices, indices)] = values.core.to(core)
-        if magnitude is not None and values.magnitude is not None:
-            magnitude = values.magnitude.to(magnitude)
-        return LoraFactors(A=a, B=b, scaling=target.scaling, core=core, magnitude=magnitude)
+        return LoraFactors(A=a, B=b, scaling=target.scaling, core=core)
 
     def complement(self, shape: AdapterShape) -> AdapterSlice:
         """Return the components that are not in the slice, without the extras."""

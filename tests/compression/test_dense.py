@@ -21,7 +21,7 @@ def adapter_of(seed=0, *, core=False, dtype=torch.float32):
 
     factors = {
         "p": LoraFactors(normal(4, 3), normal(5, 4), 2.0, core=normal(4, 4) if core else None),
-        "q": LoraFactors(normal(2, 6), normal(1, 2), 2.0, magnitude=normal(1) if core else None),
+        "q": LoraFactors(normal(2, 6), normal(1, 2), 2.0),
     }
     extras = {"head.weight": normal(2, 3), "head.bias": normal(2)}
     return Adapter(factors, {"p": ("p",), "q": ("q",)}, {"p": 0, "q": 1}, 2, extras)

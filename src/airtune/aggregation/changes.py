@@ -44,7 +44,6 @@ def moved(update: ClientUpdate, start: Adapter, change: Tensor) -> ClientUpdate:
             B=found.get((slot, "B"), f.B),
             scaling=f.scaling,
             core=None if f.core is None else found.get((slot, "core"), f.core),
-            magnitude=None if f.magnitude is None else found.get((slot, "magnitude"), f.magnitude),
         )
         for slot, f in start.factors.items()
     }

@@ -14,7 +14,6 @@ import numpy as np
 
 from airtune.aggregation.mean import Absent, Weights, client_weights
 from airtune.aggregation.staleness import is_weak, part_of
-from airtune.errors import InputError
 from airtune.lora import BOTH, AdapterSlice, Indices, LoraFactors, stack
 from airtune.types import ClientUpdate, RoundOutcome, ServerModel
 
@@ -46,18 +45,10 @@ def contributions(
 
     absent : what a client without any component of a slot counts as: "excluded" (the sum over the owners, weights
         renormalised), "unchanged" (the server's own product) or "zero".
-
-    Raises
-    ------
-    InputError : a slot has a magnitude (DoRA), whose update is not a product of factors.
     """
     given = client_weights(updates, outcome, weights)
     found: dict[str, Contributions] = {}
     for slot, current in model.adapter.factors.items():
-        if current.magnitude is not None:
-            raise InputError(
-                f"method.aggregator: slot {slot!r} has a magnitude (DoRA), which is no product; valid: mean"
-            )
         owners = [update.task.send.kept(slot) > 0 for update in updates]
         if not any(owners):
             continue

@@ -232,9 +232,6 @@ def mean_factors(current: LoraFactors, parts: Sequence[Part], absent: Absent) ->
         B=b.mean().T.contiguous(),
         scaling=current.scaling,
         core=_mean_core(current, parts, absent),
-        magnitude=_mean_tensor(
-            current.magnitude, [(p.values.magnitude, p.weight) for p in parts if p.values is not None]
-        ),
     )
 
 
@@ -258,7 +255,6 @@ def add_changes(adapter: Adapter, updates: Sequence[ClientUpdate], factors: Sequ
         parts = parts_of(name, updates, factors)
         a, b = current.A.double().clone(), current.B.double().clone()
         core = None if current.core is None else current.core.double().clone()
-        magnitude = None if current.magnitude is None else current.magnitude.double().clone()
         for part in parts:
             if part.values is None or part.components is None:
                 continue
@@ -270,14 +266,11 @@ def add_changes(adapter: Adapter, updates: Sequence[ClientUpdate], factors: Sequ
             if core is not None and part.values.core is not None and current.core is not None:
                 square = (i[:, None], i[None, :])
                 core[square] += part.weight * (part.values.core.double() - current.core[square].double())
-            if magnitude is not None and part.values.magnitude is not None and current.magnitude is not None:
-                magnitude += part.weight * (part.values.magnitude.double() - current.magnitude.double())
         changed[name] = LoraFactors(
             A=a.to(current.A.dtype),
             B=b.to(current.B.dtype),
             scaling=current.scaling,
             core=None if core is None or current.core is None else core.to(current.core.dtype),
-            magnitude=None if magnitude is None or current.magnitude is None else magnitude.to(current.magnitude.dtype),
         )
     extras: dict[str, Tensor] = {}
     for name, current_extra in adapter.extras.items():

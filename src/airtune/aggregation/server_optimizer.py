@@ -101,12 +101,10 @@ def stepped(before: Adapter, after: Adapter, step: Callable[[str, Tensor, Tensor
     factors: dict[str, LoraFactors] = {}
     for slot, old in before.factors.items():
         new = after.factors[slot]
-        core, magnitude = old.core, old.magnitude
+        core = old.core
         if core is not None and new.core is not None:
             core = step(f"core/{slot}", core, new.core)
-        if magnitude is not None and new.magnitude is not None:
-            magnitude = step(f"magnitude/{slot}", magnitude, new.magnitude)
         a, b = step(f"A/{slot}", old.A, new.A), step(f"B/{slot}", old.B, new.B)
-        factors[slot] = replace(old, A=a, B=b, core=core, magnitude=magnitude)
+        factors[slot] = replace(old, A=a, B=b, core=core)
     extras = {name: step(f"extra/{name}", tensor, after.extras[name]) for name, tensor in before.extras.items()}
     return before.with_factors(factors, extras)

@@ -107,15 +107,12 @@ def _weakened(update: ClientUpdate, model: ServerModel, outcome: RoundOutcome, e
 
 
 def _moved(now: LoraFactors, start: LoraFactors, values: LoraFactors, weight: float) -> LoraFactors:
-    core, magnitude = values.core, values.magnitude
+    core = values.core
     if core is not None and now.core is not None and start.core is not None:
         core = now.core + weight * (core - start.core)
-    if magnitude is not None and now.magnitude is not None and start.magnitude is not None:
-        magnitude = now.magnitude + weight * (magnitude - start.magnitude)
     return LoraFactors(
         A=now.A + weight * (values.A - start.A),
         B=now.B + weight * (values.B - start.B),
         scaling=values.scaling,
         core=core,
-        magnitude=magnitude,
     )

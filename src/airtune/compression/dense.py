@@ -117,5 +117,4 @@ def _replaced(name: str, factors: LoraFactors, found: Mapping[tuple[str, str], T
         B=found.get((name, "B"), factors.B),
         scaling=factors.scaling,
         core=found.get((name, "core"), factors.core) if factors.core is not None else None,
-        magnitude=found.get((name, "magnitude"), factors.magnitude) if factors.magnitude is not None else None,
     )

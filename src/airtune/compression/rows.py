@@ -129,7 +129,7 @@ class RowCoder:
     index: Literal["bitmap", "shortest", "none"] = "bitmap"
 
     def size_bits(self, send: AdapterSlice, shape: AdapterShape) -> int:
-        """Return the bits of a payload with `counts` rows: index, values, and extras, cores and magnitudes in fp32."""
+        """Return the bits of a payload with `counts` rows: index, values, and extras and cores in fp32."""
         index = sum(self._index_bits(block, count) for block, count in zip(self.blocks, self.counts, strict=True))
         sent = sum(block.width * count for block, count in zip(self.blocks, self.counts, strict=True))
         return 8 * -(-index // 8) + self.values.size_bits(sent) + Dense().bits(_rest(send), shape)
@@ -237,7 +237,7 @@ def _keys(slot: str, send: AdapterSlice) -> tuple[Key, ...]:
 
 
 def _rest(send: AdapterSlice) -> AdapterSlice:
-    """Return the slice without A and B: the classifier head, cores and magnitudes."""
+    """Return the slice without A and B: the classifier head and cores."""
     return replace(send, tensors=NEITHER)
 
 

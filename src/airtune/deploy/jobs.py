@@ -204,7 +204,6 @@ class _Factors:
     B: Entry
     scaling: float
     core: Entry | None
-    magnitude: Entry | None
 
 
 @dataclass(frozen=True)
@@ -249,23 +248,18 @@ class _Turn:
 
 
 def _write_factors(factors: LoraFactors, tensors: TensorTable) -> _Factors:
-    def optional(tensor: Tensor | None) -> Entry | None:
-        return None if tensor is None else tensors.add(tensor)
-
-    core, magnitude = optional(factors.core), optional(factors.magnitude)
-    return _Factors(tensors.add(factors.A), tensors.add(factors.B), float(factors.scaling), core, magnitude)
+    core = None if factors.core is None else tensors.add(factors.core)
+    return _Factors(tensors.add(factors.A), tensors.add(factors.B), float(factors.scaling), core)
 
 
 def _read_factors(wire: _Factors, tensors: TensorTable, where: str) -> LoraFactors:
     a, b = tensors.tensor(wire.A, where), tensors.tensor(wire.B, where)
     core = None if wire.core is None else tensors.tensor(wire.core, where)
-    magnitude = None if wire.magnitude is None else tensors.tensor(wire.magnitude, where)
     rank = a.shape[0] if a.dim() == 2 else -1
     fits = b.dim() == 2 and b.shape[1] == rank and a.is_floating_point() and b.is_floating_point()
-    fits = fits and (core is None or tuple(core.shape) == (rank, rank))
-    if not (fits and (magnitude is None or tuple(magnitude.shape) == (b.shape[0],))):
+    if not (fits and (core is None or tuple(core.shape) == (rank, rank))):
         raise InputError(f"{where}: A {list(a.shape)} and B {list(b.shape)} are not the factors of one product")
-    return LoraFactors(a, b, wire.scaling, core, magnitude)
+    return LoraFactors(a, b, wire.scaling, core)
 
 
 def _write_adapter(adapter: Adapter, tensors: TensorTable) -> _Adapter:

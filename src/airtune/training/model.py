@@ -351,9 +351,6 @@ class FederatedModel:
             raise ValueError(f"no LoRA layer for the modules {sorted(strangers)}")
         if unplaced := set(adapter.factors) - {slot for slots in adapter.placement.values() for slot in slots}:
             raise ValueError(f"the slots {sorted(unplaced)} act in no module")
-        for slot, factors in adapter.factors.items():
-            if factors.magnitude is not None:
-                raise ValueError(f"slot {slot!r} has a magnitude, which plain LoRA layers cannot carry")
 
 
 # ------------------------------------------------------------------------------------------------------------- adapters

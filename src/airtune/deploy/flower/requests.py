@@ -143,7 +143,7 @@ def _base_tensors(base: Mapping[str, MergedUpdate]) -> Iterator[tuple[str, Tenso
         if isinstance(update, DenseUpdate):
             yield f"{name}/matrix", update.matrix
             continue
-        for kind, tensor in (("A", update.A), ("B", update.B), ("core", update.core), ("magnitude", update.magnitude)):
+        for kind, tensor in (("A", update.A), ("B", update.B), ("core", update.core)):
             if tensor is not None:
                 yield f"{name}/{kind}", tensor
 
@@ -187,11 +187,8 @@ def _read_base(arrays: Mapping[str, Array], scalings: Mapping[str, float]) -> di
             base[name] = DenseUpdate(tensor_from_array(arrays[f"{name}/matrix"]))
             continue
         a, b = (tensor_from_array(arrays[f"{name}/{kind}"]) for kind in ("A", "B"))
-        core, magnitude = (
-            tensor_from_array(arrays[f"{name}/{kind}"]) if f"{name}/{kind}" in arrays else None
-            for kind in ("core", "magnitude")
-        )
-        base[name] = LoraFactors(a, b, scaling, core, magnitude)
+        core = tensor_from_array(arrays[f"{name}/core"]) if f"{name}/core" in arrays else None
+        base[name] = LoraFactors(a, b, scaling, core)
     return base
 
 
@@ -230,6 +227,6 @@ def _resized(adapter: Adapter, shape: Mapping[str, tuple[int, float]]) -> Adapte
             return replace(f, scaling=scaling)
         a, b = f.A.new_zeros((rank, f.in_features)), f.B.new_zeros((f.out_features, rank))
         core = None if f.core is None else f.core.new_zeros((rank, rank))
-        return LoraFactors(a, b, scaling, core, f.magnitude)
+        return LoraFactors(a, b, scaling, core)
 
     return adapter.with_factors({name: resized(name, f) for name, f in adapter.factors.items()})

@@ -208,7 +208,6 @@ def adapter_of(arrays: Mapping[str, Array], like: Adapter) -> Adapter:
             read(f"{slot}/B", f.B),
             f.scaling,
             read(f"{slot}/core", f.core),
-            read(f"{slot}/magnitude", f.magnitude),
         )
         for slot, f in like.factors.items()
     }
