@@ -50,6 +50,7 @@ def environment(peer: str, folder: Path) -> tuple[Path, dict[str, str]]:
     ours = json.loads(_run([sys.executable, "-c", _REPORT, *SHARED]).splitlines()[-1])
     if different := {name for name in ours if ours[name] != versions[name]}:
         raise RuntimeError(f"{peer}: another {', '.join(sorted(different))} than ours; remove {home} and try again")
+    del versions["torch_from"]  # it was compared; as a path of this machine it belongs in no result
     return python, versions
 
 
